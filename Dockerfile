@@ -1,8 +1,9 @@
 # ComfyUI and the worker in one image, for a GPU host with NVIDIA's container toolkit:
 #
 #   docker build -t comfyui-pyworker .
-#   docker run --gpus all -p 8000:8000 -v /srv/models:/opt/ComfyUI/models comfyui-pyworker
+#   docker run --gpus all -p 8000:8000 -v /srv/models:/opt/ComfyUI/models --stop-timeout 330 comfyui-pyworker
 #
+# --stop-timeout: more than the worker's SHUTDOWN_GRACE, as Docker kills after 10 s by itself.
 # Models are not part of the image: mount a folder laid out like ComfyUI's models/ (checkpoints/, loras/, vae/, ...).
 # It is not declared as a VOLUME, which would leave an anonymous volume behind each container started without -v.
 FROM pytorch/pytorch:2.8.0-cuda12.8-cudnn9-runtime AS base
@@ -25,7 +26,7 @@ RUN python -c "from importlib.metadata import version as v; \
     && pip install --no-cache-dir -c /opt/constraints.txt -r /opt/ComfyUI/requirements.txt \
     && pip install --no-cache-dir -c /opt/constraints.txt boto3==1.44.5 websocket-client==1.9.2
 
-# COMFYUI_ARGS: further arguments for ComfyUI, e.g. "--lowvram --disable-all-custom-nodes".
+# COMFYUI_ARGS: further arguments for ComfyUI, e.g. "--lowvram --disable-all-custom-nodes". The port stays 8188.
 ENV WORKER_HOST=0.0.0.0 \
     PORT=8000 \
     COMFYUI_INSTALL_PATH=/opt/ComfyUI \
@@ -35,7 +36,8 @@ EXPOSE 8000
 
 # The start period covers ComfyUI's imports on a cold disk. No proxies: one set for the container is not for loopback.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=180s --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request as r; r.build_opener(r.ProxyHandler({})).open('http://127.0.0.1:' + os.environ['PORT'] + '/health', timeout=8)"]
+    CMD ["python", "-c", "import os, urllib.request as r; \
+        r.build_opener(r.ProxyHandler({})).open(f'http://127.0.0.1:{os.environ[\"PORT\"]}/health', timeout=8)"]
 
 # Last, so that a change to the worker rebuilds nothing else.
 WORKDIR /opt/pyworker

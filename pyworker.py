@@ -701,8 +701,12 @@ class ComfyUI:
     def _rejection(self, answer: dict[str, Any], graph: Graph) -> JobError:
         error, node_errors = answer.get("error") or {}, answer.get("node_errors") or {}
         complaints = self._complaints(node_errors, graph) or [f"{error.get('message')} {error.get('details')}"]
+        unknown = re.fullmatch(r"Node ID '#(.*)'", str(error.get("details")))
         if error.get("type") == "prompt_no_outputs":
             complaints = ["it has no output node; add one that saves, such as SaveImage, and connect it"]
+        elif unknown and unknown[1] in graph:
+            class_type = graph[unknown[1]]["class_type"]
+            complaints = [f"{class_type} (node {unknown[1]}): ComfyUI has no such node; install what brings it"]
         more = f"; and {len(complaints) - 5} more" if len(complaints) > 5 else ""
         message = scrub(f"ComfyUI refuses the workflow: {'; '.join(complaints[:5])}{more}")
         return JobError(422, "workflow_rejected", message, node_errors=scrub(node_errors))
@@ -829,7 +833,7 @@ class Delivery:
         Raises the first failure (upload_failed, output_missing, comfyui_error, comfyui_lost) once all the rest is done.
         """
         job.outputs = [output for output in outputs if output.get("type") != "temp"]
-        if not job.outputs:
+        if not job.outputs and not failure(job.entry):
             made = "only previews (type temp), which are not delivered" if outputs else "no outputs"
             job.warnings.append(f"the job made {made}; use a node that saves, such as SaveImage")
         files = [output for output in job.outputs if "filename" in output]
@@ -1185,7 +1189,7 @@ def envelope(job: Job, error: JobError | None) -> dict[str, Any]:
     answer = {
         "id": job.request_id,
         "status": error.outcome if error else "completed",
-        "message": error.message if error else f"{len(job.outputs)} outputs delivered",
+        "message": error.message if error else f"outputs delivered: {len(job.outputs)}",
         "output": job.outputs,
         "seeds": seeds(job.workflow),
         "timings": {
