@@ -379,8 +379,9 @@ def read_job(job: Job, given: dict[str, Any], settings: Settings) -> None:
     job.workflow = fields.get("workflow_json", {})
     job.comfy_org_api_key = fields.get("comfy_org_api_key", settings.comfy_org_api_key)
     job.s3 = _read_s3(_read_fields("s3.", s3, S3_FIELDS), settings)
-    job.webhook = _read_webhook(_read_fields("webhook.", webhook, WEBHOOK_FIELDS), settings)
-    if webhook and not job.webhook:
+    told = _read_fields("webhook.", webhook, WEBHOOK_FIELDS)
+    job.webhook = _read_webhook(told, settings)
+    if told and not job.webhook:
         job.warnings.append("no webhook is sent: neither webhook.url nor WEBHOOK_URL is set")
     job.as_base64 = fields.get("return_outputs_as_base64", job.s3 is None)
 
@@ -907,7 +908,8 @@ def s3_client(target: S3Target, settings: Settings) -> Any:
         raise invalid("S3 has no keys: give s3.access_key_id and s3.secret_access_key, or set them in the environment")
     config = Config(
         signature_version="s3v4",
-        s3={"addressing_style": "path" if target.endpoint_url else "auto"},
+        # with "auto", AWS' presigned URLs lead to us-east-1, whatever the region
+        s3={"addressing_style": "path" if target.endpoint_url else "virtual"},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         connect_timeout=settings.s3_connect_timeout,
@@ -1307,6 +1309,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What http.server itself refuses (a malformed or oversized head), in the shape of every other answer."""
         self.close_connection = True
+        self.request_version = self.protocol_version  # http.server answers a line that it cannot read without a head
         self._send(code, envelope(Job(), JobError(code, "invalid_request", f"the request cannot be read: {message}")))
 
     def version_string(self) -> str:

