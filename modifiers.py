@@ -30,10 +30,10 @@ class Context(Protocol):
     """What a modifier may ask of the worker."""
 
     settings: Any
-    """The worker's Settings: the environment's variables, in lower case."""
+    """The worker's environment variables, by their names in lower case: settings.default_checkpoint"""
 
-    models: Callable[[str], list[str]]
-    """The model files that ComfyUI lists in a folder: models("checkpoints"), models("loras"), …"""
+    def models(self, folder: str) -> list[str]:
+        """The model files that ComfyUI lists in a folder: models("checkpoints"), models("loras"), …"""
 
 
 class InvalidModification(ValueError):
@@ -139,6 +139,7 @@ def Text2Image(
     context: Context,
 ) -> Graph:
     """A picture after a text, with a Stable Diffusion checkpoint; without a seed a random one, `cfg_scale` is `cfg`."""
+    checkpoint = _default_checkpoint(context) if ckpt_name is None else ckpt_name
     return {
         "3": {
             "class_type": "KSampler",
@@ -155,7 +156,7 @@ def Text2Image(
                 "latent_image": ["5", 0],
             },
         },
-        "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": ckpt_name or _checkpoint(context)}},
+        "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoint}},
         "5": {"class_type": "EmptyLatentImage", "inputs": {"width": width, "height": height, "batch_size": batch_size}},
         "6": {"class_type": "CLIPTextEncode", "inputs": {"text": prompt, "clip": ["4", 1]}},
         "7": {"class_type": "CLIPTextEncode", "inputs": {"text": negative_prompt, "clip": ["4", 1]}},
@@ -178,7 +179,7 @@ def RawWorkflow(
     return Text2Image(prompt, width=width, height=height, steps=steps, seed=seed, context=context)
 
 
-def _checkpoint(context: Context) -> str:
+def _default_checkpoint(context: Context) -> str:
     """DEFAULT_CHECKPOINT, else the first checkpoint that ComfyUI lists."""
     chosen: str = context.settings.default_checkpoint
     if chosen:

@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import argparse
 import base64
+import collections
 import contextlib
 import functools
 import hmac
 import http.client
 import http.server
-import importlib.util
+import importlib
 import json
 import logging
 import os
@@ -208,25 +209,10 @@ MAX_JSON_DEPTH = 100  # ComfyUI's own graphs nest 5 deep; deeper ones only serve
 TIMINGS = ("queue_ms", "preprocess_ms", "generation_ms", "postprocess_ms")
 
 
-@dataclass(frozen=True, repr=False)
-class S3Target:
-    """Where a job's files go. Both keys are empty where boto3's own chain (instance role, shared file) is to serve."""
-
-    access_key_id: str
-    secret_access_key: str
-    endpoint_url: Url
-    bucket_name: str
-    region: str
-
-
-@dataclass(frozen=True, repr=False)
-class Webhook:
-    """Who is told when a job ends. timeout in seconds; without a key the message is not signed."""
-
-    url: Url
-    extra_params: dict[str, Any]
-    timeout: float
-    key: SigningKey
+# Where a job's files go; both keys are empty where boto3's own chain (instance role, shared file) is to serve.
+S3Target = collections.namedtuple("S3Target", "access_key_id secret_access_key endpoint_url bucket_name region")
+# Who is told when a job ends; timeout in seconds, and without a key (bytes) the message is not signed.
+Webhook = collections.namedtuple("Webhook", "url extra_params timeout key")
 
 
 @dataclass(repr=False)
@@ -360,17 +346,10 @@ WEBHOOK_FIELDS |= {"timeout": _typed((int, float), "a number of seconds")}
 def read_job(job: Job, given: dict[str, Any], settings: Settings) -> None:
     """Fills the job with what a request's `input` asks for, request over environment; 400 where a rule is broken."""
     job.request_id = str(uuid.uuid4())
-    job.request_id = _read_fields("", given, {"request_id": read_request_id}).get("request_id", job.request_id)
-    fields = _read_fields("", given, INPUT_FIELDS)
-    s3, webhook = fields.get("s3", {}), fields.get("webhook", {})
-    for prefix, raw, table in (
-        ("", given, INPUT_FIELDS),
-        ("s3.", s3, S3_FIELDS),
-        ("webhook.", webhook, WEBHOOK_FIELDS),
-    ):
-        job.warnings += [
-            f"{prefix}{name:.50} is no field of a request; it was ignored" for name in raw if name not in table
-        ]
+    job.request_id = _read_fields(Job(), "", given, {"request_id": read_request_id}).get("request_id", job.request_id)
+    fields = _read_fields(job, "", given, INPUT_FIELDS)
+    s3 = _read_fields(job, "s3.", fields.get("s3", {}), S3_FIELDS)
+    webhook = _read_fields(job, "webhook.", fields.get("webhook", {}), WEBHOOK_FIELDS)
     if ("modifier" in fields) == ("workflow_json" in fields):
         raise invalid("give exactly one of modifier and workflow_json")
     if "modifications" in fields and "modifier" not in fields:
@@ -378,16 +357,18 @@ def read_job(job: Job, given: dict[str, Any], settings: Settings) -> None:
     job.modifier, job.modifications = fields.get("modifier", ""), fields.get("modifications", {})
     job.workflow = fields.get("workflow_json", {})
     job.comfy_org_api_key = fields.get("comfy_org_api_key", settings.comfy_org_api_key)
-    job.s3 = _read_s3(_read_fields("s3.", s3, S3_FIELDS), settings)
-    told = _read_fields("webhook.", webhook, WEBHOOK_FIELDS)
-    job.webhook = _read_webhook(told, settings)
-    if told and not job.webhook:
+    job.s3 = _read_s3(s3, settings)
+    job.webhook = _read_webhook(webhook, settings)
+    if webhook and not job.webhook:
         job.warnings.append("no webhook is sent: neither webhook.url nor WEBHOOK_URL is set")
     job.as_base64 = fields.get("return_outputs_as_base64", job.s3 is None)
 
 
-def _read_fields(prefix: str, raw: dict[str, Any], table: Table) -> dict[str, Any]:
+def _read_fields(job: Job, prefix: str, raw: dict[str, Any], table: Table) -> dict[str, Any]:
     """The fields that are given, each read. Blank ones count as absent: clients send whole templates with blanks."""
+    job.warnings += [
+        f"{prefix}{name:.50} is no field of a request; it was ignored" for name in raw if name not in table
+    ]
     try:
         present = {name: raw[name] for name in table if raw.get(name) not in ("", {}, None)}
         return {name: named(prefix + name, table[name], value) for name, value in present.items()}
@@ -446,13 +427,13 @@ class ComfyUI:
     """Everything that speaks to ComfyUI. One prompt is run at a time."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+        self.settings = settings
         self.url = settings.comfyui_api_base.rstrip("/")
         self._socket: websocket.WebSocket | None = None
         self._client_id = ""  # of the websocket's connection; empty while there is none
         self._job: Job | None = None
         self._was_up = False
-        self._failing_since = {"websocket": 0.0, "probe": 0.0}  # 0: it is in order
+        self._failing_since = 0.0  # 0: it is in order
         self._stats: dict[str, Any] = {}
         self._probed_at = float("-inf")
         self._probing = threading.Lock()
@@ -461,11 +442,11 @@ class ComfyUI:
 
     def state(self) -> str:
         """'starting', 'ready' or 'unreachable', from what is known: nothing is asked."""
-        # a job that runs on a live websocket is proof enough
-        since = self._failing_since["websocket"] or (0 if self._job else self._failing_since["probe"])
         if not self._was_up:
             return "starting"
-        return "unreachable" if since and time.monotonic() - since > FLAP_SECONDS else "ready"
+        # a job that runs on a live websocket is proof enough
+        is_failing = self._failing_since and not (self._job and self._client_id)
+        return "unreachable" if is_failing and time.monotonic() - self._failing_since > FLAP_SECONDS else "ready"
 
     def describe(self) -> dict[str, Any]:
         """url, version, device and vram_free (bytes), asked for once a second at most, for all who probe."""
@@ -480,9 +461,9 @@ class ComfyUI:
                 return
             try:
                 self._stats = self._get("/system_stats", PROBE_SECONDS)
-                self._failing_since["probe"] = 0
+                self._failing_since = 0 if self._client_id else self._failing_since
             except (*CONNECTION_LOST, JobError):
-                self._failing_since["probe"] = self._failing_since["probe"] or time.monotonic()
+                self._failing_since = self._failing_since or time.monotonic()
             self._probed_at = time.monotonic()
 
     def models(self, folder: str) -> list[str]:
@@ -498,15 +479,18 @@ class ComfyUI:
             try:
                 self._follow()
             except (*CONNECTION_LOST, JobError, websocket.WebSocketException) as error:
-                self._lose(error)
+                if self._client_id:
+                    log.warning("lost the connection to ComfyUI: %s", error)
+                self._client_id = ""
+                self._failing_since = self._failing_since or time.monotonic()
+                self._tell_job({"type": "connection_lost"})
             pause.wait(RECONNECT_SECONDS)  # nobody tells when a server comes up
 
     def _follow(self) -> None:
         with contextlib.closing(self._connect()) as connection:
             for frame in iter(connection.recv, ""):
-                if isinstance(frame, str):  # bytes are a preview
-                    message = json.loads(frame)
-                    self._tell_job(message, message.get("data", {}).get("prompt_id"))
+                message = json.loads(frame) if isinstance(frame, str) else {}  # bytes are a preview
+                self._tell_job(message, message.get("data", {}).get("prompt_id", ""))
         raise ConnectionError("ComfyUI closed the websocket")
 
     def _connect(self) -> websocket.WebSocket:
@@ -523,7 +507,7 @@ class ComfyUI:
         self._socket.recv()  # ComfyUI knows the client id once it has sent its first status
         self._socket.settimeout(None)
         self._client_id, self._was_up = client_id, True
-        self._failing_since = dict.fromkeys(self._failing_since, 0)
+        self._failing_since = 0
         self._tell_job({"type": "connected"})
         self._announce()
         return self._socket
@@ -533,13 +517,6 @@ class ComfyUI:
         log.info("connected to ComfyUI %s on %s at %s", about["version"], about["device"], self.url)
         if [int(part) for part in re.findall(r"\d+", str(about["version"]))[:3]] < [*OLDEST_COMFYUI]:
             log.error("this ComfyUI is too old: update it to 0.3.45 or later, which lets a caller choose the prompt id")
-
-    def _lose(self, error: Exception) -> None:
-        if self._client_id:
-            log.warning("lost the connection to ComfyUI: %s", error)
-        self._client_id = ""
-        self._failing_since["websocket"] = self._failing_since["websocket"] or time.monotonic()
-        self._tell_job({"type": "connection_lost"})
 
     def _tell_job(self, message: Message, prompt_id: str | None = None) -> None:
         job = self._job
@@ -553,7 +530,7 @@ class ComfyUI:
 
         Raises JobError: workflow_rejected, timeout, cancelled, comfyui_lost, comfyui_error, or the error of `job.stop`.
         """
-        limit = self._settings.job_timeout
+        limit = self.settings.job_timeout
         late = JobError(504, "timeout", f"the job took more than the {limit:g} s of JOB_TIMEOUT; it was interrupted")
         alarm = threading.Timer(limit or threading.TIMEOUT_MAX, job.stop, [late])
         alarm.daemon = True
@@ -576,7 +553,7 @@ class ComfyUI:
 
     def _submit(self, job: Job) -> None:
         """Posts the prompt once there is a connection that will hear of it."""
-        deadline = time.monotonic() + self._settings.comfyui_return_timeout
+        deadline = time.monotonic() + self.settings.comfyui_return_timeout
         while not self._client_id:
             if time.monotonic() > deadline:
                 raise self._stayed_away()
@@ -611,7 +588,7 @@ class ComfyUI:
                 heard_at = time.monotonic()
             except CONNECTION_LOST:
                 lost = found = True
-                if time.monotonic() - heard_at > self._settings.comfyui_return_timeout:
+                if time.monotonic() - heard_at > self.settings.comfyui_return_timeout:
                     raise self._stayed_away() from None
             if isinstance(found, dict):
                 if not message and not lost and self._socket:
@@ -650,7 +627,7 @@ class ComfyUI:
                 pass
 
     def _stayed_away(self) -> JobError:
-        seconds = self._settings.comfyui_return_timeout
+        seconds = self.settings.comfyui_return_timeout
         return JobError(502, "comfyui_lost", f"ComfyUI went away and did not come back within {seconds:g} s")
 
     # files
@@ -659,35 +636,31 @@ class ComfyUI:
     def open(self, output: Output) -> Iterator[Download]:
         """Opens one file that ComfyUI's history names, and notes its mimetype and size (bytes) in `output`."""
         query = urllib.parse.urlencode({name: output[name] for name in ("filename", "subfolder", "type")})
-        try:
-            response = self._open(f"/view?{query}")
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code == 404:
-                message = f"{output['filename']} is in ComfyUI's history but not on its disk: somebody deleted it"
-                raise JobError(502, "output_missing", message) from None
-            message = f"ComfyUI answered {error.code} when it was asked for {output['filename']}"
-            raise JobError(502, "comfyui_error", message) from None
-        with response:
+        with self._open(f"/view?{query}") as response:
+            if response.status == 404:
+                raise JobError(
+                    502, "output_missing", f"{output['filename']} is in ComfyUI's history but not on its disk"
+                )
+            if response.status != 200:
+                raise JobError(502, "comfyui_error", f"ComfyUI answered {response.status} to {output['filename']}")
             output["mimetype"] = response.headers.get_content_type()
             output["size"] = int(response.headers["Content-Length"])
             yield Download(response, output["size"])
 
     # HTTP
 
-    def _open(self, path: str, body: Any = None, seconds: float = HTTP_SECONDS) -> http.client.HTTPResponse:
+    def _open(self, path: str, body: Any = None, seconds: float = HTTP_SECONDS) -> Any:
+        """The answer, whatever its status; raises CONNECTION_LOST."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        response: http.client.HTTPResponse = _direct.open(request, timeout=seconds)
-        return response
+        try:
+            return _direct.open(request, timeout=seconds)
+        except urllib.error.HTTPError as error:
+            return error
 
     def _exchange(self, path: str, body: Any = None, seconds: float = HTTP_SECONDS) -> tuple[int, dict[str, Any]]:
-        """The status and the JSON body, {} where it is none; raises CONNECTION_LOST."""
-        try:
-            response: Any = self._open(path, body, seconds)
-        except urllib.error.HTTPError as error:
-            response = error
-        with response, contextlib.suppress(ValueError):
+        """The status and the JSON body, {} where it is none."""
+        with self._open(path, body, seconds) as response, contextlib.suppress(ValueError):
             return response.status, json.load(response)
         return response.status, {}
 
@@ -776,11 +749,10 @@ def failure(entry: dict[str, Any]) -> JobError | None:
         return JobError(502, "comfyui_error", "ComfyUI ended the job without saying why; its log may")
     names = ("node_id", "node_type", "exception_type", "exception_message")
     about = scrub({name: str(messages["execution_error"].get(name, "")).strip() for name in names})
-    where = f"{about['node_type']} (node {about['node_id']})"
-    if "OutOfMemory" in about["exception_type"] or "out of memory" in about["exception_message"].lower():
-        message = f"{where} ran out of GPU memory; use a smaller picture, batch or model"
-        return JobError(500, "out_of_memory", message, **about)
-    return JobError(500, "execution_failed", f"{where} failed: {about['exception_message']}", **about)
+    message = f"{about['node_type']} (node {about['node_id']}) failed: {about['exception_message']}"
+    if "OutOfMemory" in about["exception_type"] or "out of memory" in message.lower():
+        return JobError(500, "out_of_memory", f"{message}; use a smaller picture, batch or model", **about)
+    return JobError(500, "execution_failed", message, **about)
 
 
 def read_outputs(entry: dict[str, Any], graph: Graph) -> list[Output]:
@@ -838,9 +810,8 @@ class Delivery:
             made = "only previews (type temp), which are not delivered" if outputs else "no outputs"
             job.warnings.append(f"the job made {made}; use a node that saves, such as SaveImage")
         files = [output for output in job.outputs if "filename" in output]
-        failures = [error for file in files if (error := self._deliver_file(job, file))]
-        if failures:
-            raise failures[0]
+        for error in filter(None, [self._deliver_file(job, file) for file in files]):
+            raise error
 
     def _deliver_file(self, job: Job, output: Output) -> JobError | None:
         name = output["filename"]
@@ -849,12 +820,11 @@ class Delivery:
                 self._upload(job, job.s3, output)
             if job.as_base64 or "url" not in output:
                 self._embed(output, job.as_base64 or job.s3 is not None)
-            self._find(output)
-        except (*CONNECTION_LOST, JobError) as error:
-            lost = JobError(502, "comfyui_lost", f"ComfyUI went away while {name} was fetched from it: {error}")
-            failed = error if isinstance(error, JobError) else lost
-            output["error"] = failed.message
-            return failed
+        except CONNECTION_LOST:
+            return JobError(502, "comfyui_lost", f"ComfyUI went away while {name} was fetched from it")
+        except JobError as error:
+            return error
+        self._find(output)
         if "upload_error" in output:
             return JobError(502, "upload_failed", f"S3 did not take {name}: {output['upload_error']}")
         return None
@@ -975,31 +945,20 @@ class Line:
     def __init__(self, max_waiting: int) -> None:
         self._lock = threading.Lock()
         self._max_waiting = max_waiting
-        self._ready: list[Job] = []
         self._closed = False
-        self.taken = 0  # places: of the running job, those that wait for it, and those that are being prepared
+        self.waiting: list[Job] = []
         self.running: Job | None = None
 
     @contextlib.contextmanager
-    def place(self) -> Iterator[None]:
-        """A place for a job from its acceptance to the end of its time on the GPU; 503 where there is none."""
-        with self._lock:
-            if self.taken > self._max_waiting:
-                raise JobError(503, "queue_full", f"{self._max_waiting} jobs are waiting already; try again later")
-            self.taken += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.taken -= 1
-
-    @contextlib.contextmanager
     def turn(self, job: Job) -> Iterator[None]:
-        """The job's time on the GPU, entered when its turn comes; raises what `job.stop` was given."""
+        """The job's time on the GPU, entered when its turn comes; 503 without a place, or what `job.stop` was given."""
         with self._lock:
-            self._ready.append(job)
             if self._closed:
-                job.stop(shutting_down())
+                raise shutting_down()
+            if self.running and len(self.waiting) >= self._max_waiting:
+                raise JobError(503, "queue_full", f"{self._max_waiting} jobs are waiting already; try again later")
+            job.was_accepted = True
+            self.waiting.append(job)
             self._advance()
         try:
             with job.timed("queue_ms"):
@@ -1010,20 +969,25 @@ class Line:
                 if self.running is job:
                     self.running = None
                 else:
-                    self._ready.remove(job)
+                    self.waiting.remove(job)
                 self._advance()
 
     def _advance(self) -> None:
-        if self._ready and not self.running:
-            self.running = self._ready.pop(0)
+        if self.waiting and not self.running:
+            self.running = self.waiting.pop(0)
             self.running.inbox.put({"type": "turn"})
 
     def close(self) -> None:
-        """Gives every waiting job back, and those that come later; the running one goes on."""
+        """Gives every waiting job back and takes no more; the running one goes on."""
         with self._lock:
             self._closed = True
-            for job in self._ready:
+            for job in self.waiting:
                 job.stop(shutting_down())
+
+
+def unavailable(reason: str) -> JobError:
+    """What a worker without its ComfyUI answers."""
+    return JobError(503, "comfyui_unavailable", f"{reason}; try again later")
 
 
 def shutting_down() -> JobError:
@@ -1051,14 +1015,6 @@ class Tally:
         """Whether everything ended in time."""
         with self._changed:
             return self._changed.wait_for(lambda: not self.count, seconds)
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a modifier may ask of the worker: its settings, and the model files that ComfyUI lists in a folder."""
-
-    settings: Settings
-    models: Callable[[str], list[str]]
 
 
 class Worker:
@@ -1096,26 +1052,19 @@ class Worker:
     def _process(self, job: Job) -> None:
         """Prepares the job, runs it on the GPU when its turn comes, and delivers what it made."""
         with job.timed("preprocess_ms"):
-            self._check_ready()
+            state = self.state()
+            if state != "ready":
+                raise shutting_down() if self._stopping else unavailable(f"ComfyUI is {state}")
             self._build(job)
             if job.s3:
                 s3_client(job.s3, self.settings)  # 400 before GPU time is spent, where S3 cannot be used
-        with self._line.place():
-            job.was_accepted = True
-            with self._line.turn(job), job.timed("generation_ms"):
-                job.entry = self.comfyui.run(job)
+        with self._line.turn(job), job.timed("generation_ms"):
+            job.entry = self.comfyui.run(job)
         error = failure(job.entry)
         with job.timed("postprocess_ms"):
             self._delivery.deliver(job, read_outputs(job.entry, job.workflow))
         if error:
             raise error
-
-    def _check_ready(self) -> None:
-        state = self.comfyui.state()
-        if self._stopping:
-            raise shutting_down()
-        if state != "ready":
-            raise JobError(503, "comfyui_unavailable", f"ComfyUI is {state}; try again later")
 
     def _build(self, job: Job) -> None:
         """Has the job's modifier, if it names one, build its workflow."""
@@ -1126,12 +1075,11 @@ class Worker:
                 "this worker has no modifiers: modifiers.py is not beside pyworker.py", "invalid_modification"
             )
         try:
-            context = Context(self.settings, self.comfyui.models)
-            job.workflow = read_graph(self._modifiers.build(job.modifier, job.modifications, context))
+            job.workflow = read_graph(self._modifiers.build(job.modifier, job.modifications, self.comfyui))
         except self._modifiers.InvalidModification as error:
             raise invalid(str(error), "invalid_modification", **error.details) from None
         except CONNECTION_LOST:
-            raise JobError(503, "comfyui_unavailable", "ComfyUI does not answer; try again later") from None
+            raise unavailable("ComfyUI does not answer") from None
 
     def _notify(self, job: Job, webhook: Webhook, answer: dict[str, Any]) -> None:
         """Starts a thread for the webhook: a receiver that never answers delays nobody."""
@@ -1145,15 +1093,19 @@ class Worker:
 
         threading.Thread(target=deliver, name="webhook", daemon=True).start()
 
+    def state(self) -> str:
+        """'ready', or why not: 'starting', 'unreachable', 'stopping'."""
+        return "stopping" if self._stopping else self.comfyui.state()
+
     def health(self) -> tuple[int, dict[str, Any]]:
         """The HTTP status and the body of GET /health."""
         comfyui = self.comfyui.describe()
-        state = "stopping" if self._stopping else self.comfyui.state()
+        state = self.state()
         running = self._line.running
         return 200 if state == "ready" else 503, {
             "status": state,
             "running": running.request_id if running else None,
-            "queued": self._line.taken - bool(running),
+            "queued": len(self._line.waiting),
             "cost": COST,
             "modifiers": sorted(self._modifiers.MODIFIERS) if self._modifiers else [],
             "comfyui": comfyui,
@@ -1175,14 +1127,8 @@ class Worker:
 
 
 def load_modifiers() -> Any:
-    """The module modifiers.py beside this file, and none of that name from elsewhere; None where there is none."""
-    path = pathlib.Path(__file__).with_name("modifiers.py")
-    spec = importlib.util.spec_from_file_location("modifiers", path) if path.exists() else None
-    if not spec or not spec.loader:
-        return None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module modifiers.py beside this file; None where there is none."""
+    return importlib.import_module("modifiers") if pathlib.Path(__file__).with_name("modifiers.py").exists() else None
 
 
 def envelope(job: Job, error: JobError | None) -> dict[str, Any]:
