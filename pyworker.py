@@ -48,7 +48,7 @@ import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 try:
@@ -116,7 +116,7 @@ class Settings:
         for each in fields(cls):
             variable = each.name.upper()
             if text := environ.get(variable, "").strip():
-                values[each.name] = value = named(variable, ENVIRONMENT_READERS[str(each.type)], text)
+                values[each.name] = value = named(variable, ENVIRONMENT_READERS[str(each.type)], _from_text(each, text))
                 low, high = each.metadata["low"], each.metadata["high"]
                 if isinstance(value, (int, float)) and not low <= value <= high:  # not for NaN either
                     raise ValueError(f"{variable} has to be {low:g} to {high:g}")
@@ -124,6 +124,13 @@ class Settings:
         if bool(settings.s3_access_key_id) != bool(settings.s3_secret_access_key):
             raise ValueError("S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY come in pairs: set both or neither")
         return settings
+
+
+def _from_text(setting: Field[Any], text: str) -> Any:
+    """A number or a truth value as JSON has it; the text itself where it is none, for the reader to refuse."""
+    with contextlib.suppress(ValueError):
+        return json.loads(text.lower()) if setting.type in ("int", "float", "bool") else text
+    return text
 
 
 def named(name: str, read: Callable[[Any], Any], value: Any) -> Any:
@@ -139,16 +146,6 @@ def _typed(kind: Any, words: str) -> Callable[[Any], Any]:
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"has to be {words}")
         return value
-
-    return read
-
-
-def _parsed(parse: Callable[[str], Any], words: str) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        try:
-            return parse(text)
-        except (ValueError, KeyError):
-            raise ValueError(f"has to be {words}, not {text!r}") from None
 
     return read
 
@@ -171,12 +168,14 @@ def read_signing_key(secret: Any) -> SigningKey:
     raise ValueError("has to be 'whsec_' and base64, as the Standard Webhooks specification has it")
 
 
-_FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+_string = _typed(str, "a string")
+_flag = _typed(bool, "true or false")
+_number = _typed((int, float), "a number")
 ENVIRONMENT_READERS: dict[str, Callable[[Any], Any]] = {
-    "str": str,
-    "int": _parsed(int, "a whole number"),
-    "float": _parsed(float, "a number"),
-    "bool": _parsed(lambda text: _FLAGS[text.lower()], "true or false"),
+    "str": _string,
+    "int": _typed(int, "a whole number"),
+    "float": _number,
+    "bool": _flag,
     "Url": read_url,
     "SigningKey": read_signing_key,
 }
@@ -257,7 +256,7 @@ class Job:
             message = self.inbox.get(timeout=seconds)
         except queue.Empty:
             return None
-        if message["type"] == "stop":
+        if "error" in message:
             raise message["error"]
         return message
 
@@ -325,7 +324,6 @@ def fill_random(value: Any) -> Any:
 
 
 _object = _typed(dict, "an object")
-_string = _typed(str, "a string")
 Table = dict[str, Callable[[Any], Any]]
 INPUT_FIELDS: Table = {
     "request_id": read_request_id,
@@ -334,13 +332,12 @@ INPUT_FIELDS: Table = {
     "workflow_json": read_graph,
     "s3": _object,
     "webhook": _object,
-    "return_outputs_as_base64": _typed(bool, "true or false"),
+    "return_outputs_as_base64": _flag,
     "comfy_org_api_key": _string,
 }
 S3_FIELDS: Table = {"endpoint_url": read_url, **dict.fromkeys(("access_key_id", "secret_access_key"), _string)}
 S3_FIELDS |= {"bucket_name": _string, "region": _string}
-WEBHOOK_FIELDS: Table = {"url": read_url, "extra_params": _object, "secret": read_signing_key}
-WEBHOOK_FIELDS |= {"timeout": _typed((int, float), "a number of seconds")}
+WEBHOOK_FIELDS: Table = {"url": read_url, "extra_params": _object, "secret": read_signing_key, "timeout": _number}
 
 
 def read_job(job: Job, given: dict[str, Any], settings: Settings) -> None:
@@ -366,12 +363,11 @@ def read_job(job: Job, given: dict[str, Any], settings: Settings) -> None:
 
 def _read_fields(job: Job, prefix: str, raw: dict[str, Any], table: Table) -> dict[str, Any]:
     """The fields that are given, each read. Blank ones count as absent: clients send whole templates with blanks."""
-    job.warnings += [
-        f"{prefix}{name:.50} is no field of a request; it was ignored" for name in raw if name not in table
-    ]
+    given = {name: value for name, value in raw.items() if value not in ("", {}, None)}
+    unknown = [name for name in given if name not in table]
+    job.warnings += [f"{prefix}{name:.50} is no field of a request; it was ignored" for name in unknown]
     try:
-        present = {name: raw[name] for name in table if raw.get(name) not in ("", {}, None)}
-        return {name: named(prefix + name, table[name], value) for name, value in present.items()}
+        return {name: named(prefix + name, table[name], given[name]) for name in table if name in given}
     except ValueError as error:
         raise invalid(str(error)) from None
 
@@ -478,7 +474,7 @@ class ComfyUI:
         while True:
             try:
                 self._follow()
-            except (*CONNECTION_LOST, JobError, websocket.WebSocketException) as error:
+            except (*CONNECTION_LOST, JobError, websocket.WebSocketException, ValueError) as error:
                 if self._client_id:
                     log.warning("lost the connection to ComfyUI: %s", error)
                 self._client_id = ""
@@ -490,7 +486,9 @@ class ComfyUI:
         with contextlib.closing(self._connect()) as connection:
             for frame in iter(connection.recv, ""):
                 message = json.loads(frame) if isinstance(frame, str) else {}  # bytes are a preview
-                self._tell_job(message, message.get("data", {}).get("prompt_id", ""))
+                about = message.get("data")
+                if isinstance(about, dict):  # custom nodes send what they like
+                    self._tell_job(message, about.get("prompt_id", ""))
         raise ConnectionError("ComfyUI closed the websocket")
 
     def _connect(self) -> websocket.WebSocket:
@@ -600,11 +598,13 @@ class ComfyUI:
                 return None
 
     def _look_up(self, prompt_id: str) -> dict[str, Any] | bool:
-        """The prompt's history entry; else whether it is in the queue; it may end between the two questions."""
-        history = f"/history/{prompt_id}"
-        return (
-            self._get(history).get(prompt_id) or self._is_queued(prompt_id) or self._get(history).get(prompt_id, False)
-        )
+        """The prompt's history entry; else whether it is in the queue."""
+        for _ in range(2):  # it may end between the two questions
+            if entry := self._get(f"/history/{prompt_id}").get(prompt_id):
+                return dict(entry)
+            if self._is_queued(prompt_id):
+                return True
+        return False
 
     def _is_queued(self, prompt_id: str, *places: str) -> bool:
         listed = self._get("/queue")
@@ -638,9 +638,7 @@ class ComfyUI:
         query = urllib.parse.urlencode({name: output[name] for name in ("filename", "subfolder", "type")})
         with self._open(f"/view?{query}") as response:
             if response.status == 404:
-                raise JobError(
-                    502, "output_missing", f"{output['filename']} is in ComfyUI's history but not on its disk"
-                )
+                raise JobError(502, "output_missing", f"{output['filename']} is no longer on ComfyUI's disk")
             if response.status != 200:
                 raise JobError(502, "comfyui_error", f"ComfyUI answered {response.status} to {output['filename']}")
             output["mimetype"] = response.headers.get_content_type()
@@ -706,7 +704,7 @@ class ComfyUI:
     def _not_in_list(self, class_type: str, name: str, value: Any) -> str:
         """Asks for the choices: ComfyUI leaves out those of a list of more than 20."""
         about = self._get(f"/object_info/{urllib.parse.quote(class_type, safe='')}").get(class_type, {})
-        declared = {name: each for inputs in about.get("input", {}).values() for name, each in inputs.items()}
+        declared = {key: each for inputs in about.get("input", {}).values() for key, each in inputs.items()}
         # [[choice, …], {…}] or, as newer nodes have it, ["COMBO", {"options": [choice, …]}]
         kind, *options = declared.get(name, [[]])
         choices = kind if isinstance(kind, list) else (options or [{}])[0].get("options", [])
@@ -734,7 +732,7 @@ class Download:
 
 def _is_end(message: Message) -> bool:
     """Whether it is what ComfyUI sends once a prompt has ended and its history is written."""
-    return message["type"] == "executing" and message["data"]["node"] is None
+    return message["type"] == "executing" and message["data"].get("node", "") is None
 
 
 def failure(entry: dict[str, Any]) -> JobError | None:
@@ -785,7 +783,7 @@ def scrub(value: Any) -> Any:
         return [scrub(each) for each in value]
     if isinstance(value, str):
         return _PATH.sub(r"\1", _QUOTED_PATH.sub(r"\1\2\1", value))
-    return value
+    return None if value in (float("inf"), float("-inf")) or value != value else value  # JSON has no such numbers
 
 
 # Delivery #############################################################################################################
@@ -800,33 +798,29 @@ class Delivery:
         self._settings = settings
         self._comfyui = comfyui
 
-    def deliver(self, job: Job, outputs: list[Output]) -> None:
+    def deliver(self, job: Job, outputs: list[Output]) -> JobError | None:
         """Puts into `job.outputs` every text, and every file that is no preview, with mimetype, size, and url or data.
 
-        Raises the first failure (upload_failed, output_missing, comfyui_error, comfyui_lost) once all the rest is done.
+        Returns the first failure (upload_failed, output_missing, comfyui_error), once all the rest is delivered.
         """
         job.outputs = [output for output in outputs if output.get("type") != "temp"]
         if not job.outputs and not failure(job.entry):
             made = "only previews (type temp), which are not delivered" if outputs else "no outputs"
             job.warnings.append(f"the job made {made}; use a node that saves, such as SaveImage")
         files = [output for output in job.outputs if "filename" in output]
-        for error in filter(None, [self._deliver_file(job, file) for file in files]):
-            raise error
+        return next(filter(None, [self._deliver_file(job, file) for file in files]), None)
 
     def _deliver_file(self, job: Job, output: Output) -> JobError | None:
-        name = output["filename"]
         try:
             if job.s3:
                 self._upload(job, job.s3, output)
             if job.as_base64 or "url" not in output:
                 self._embed(output, job.as_base64 or job.s3 is not None)
-        except CONNECTION_LOST:
-            return JobError(502, "comfyui_lost", f"ComfyUI went away while {name} was fetched from it")
         except JobError as error:
             return error
         self._find(output)
-        if "upload_error" in output:
-            return JobError(502, "upload_failed", f"S3 did not take {name}: {output['upload_error']}")
+        if reason := output.get("upload_error"):
+            return JobError(502, "upload_failed", f"S3 did not take {output['filename']}: {reason}")
         return None
 
     def _upload(self, job: Job, target: S3Target, output: Output) -> None:
@@ -954,7 +948,7 @@ class Line:
         """The job's time on the GPU, entered when its turn comes; 503 without a place, or what `job.stop` was given."""
         with self._lock:
             if self._closed:
-                raise shutting_down()
+                raise not_ready("stopping")
             if self.running and len(self.waiting) >= self._max_waiting:
                 raise JobError(503, "queue_full", f"{self._max_waiting} jobs are waiting already; try again later")
             job.was_accepted = True
@@ -982,17 +976,14 @@ class Line:
         with self._lock:
             self._closed = True
             for job in self.waiting:
-                job.stop(shutting_down())
+                job.stop(not_ready("stopping"))
 
 
-def unavailable(reason: str) -> JobError:
-    """What a worker without its ComfyUI answers."""
-    return JobError(503, "comfyui_unavailable", f"{reason}; try again later")
-
-
-def shutting_down() -> JobError:
-    """What a stopping worker answers to a job that has not begun."""
-    return JobError(503, "shutting_down", "the worker is stopping; send the job again, to another one or later")
+def not_ready(state: str) -> JobError:
+    """What a worker answers to a job that it cannot begin."""
+    if state == "stopping":
+        return JobError(503, "shutting_down", "the worker is stopping; send the job again, to another one or later")
+    return JobError(503, "comfyui_unavailable", f"ComfyUI is {state}; try again later")
 
 
 class Tally:
@@ -1039,6 +1030,9 @@ class Worker:
             self._process(job)
         except JobError as failed:
             error = failed
+        except CONNECTION_LOST as lost:  # to ComfyUI; while it runs the job, ComfyUI.run sees to it
+            gone = JobError(502, "comfyui_lost", f"ComfyUI went away: {lost}")
+            error = gone if job.was_accepted else not_ready("unreachable")
         except Exception:  # a bug of ours must not cost the client its answer, nor the webhook its message
             log.exception("job %s met a bug of the worker", job.request_id)
             error = JobError(500, "internal_error", "the worker failed; its log says why")
@@ -1054,16 +1048,15 @@ class Worker:
         with job.timed("preprocess_ms"):
             state = self.state()
             if state != "ready":
-                raise shutting_down() if self._stopping else unavailable(f"ComfyUI is {state}")
+                raise not_ready(state)
             self._build(job)
             if job.s3:
                 s3_client(job.s3, self.settings)  # 400 before GPU time is spent, where S3 cannot be used
         with self._line.turn(job), job.timed("generation_ms"):
             job.entry = self.comfyui.run(job)
-        error = failure(job.entry)
         with job.timed("postprocess_ms"):
-            self._delivery.deliver(job, read_outputs(job.entry, job.workflow))
-        if error:
+            undelivered = self._delivery.deliver(job, read_outputs(job.entry, job.workflow))
+        if error := failure(job.entry) or undelivered:
             raise error
 
     def _build(self, job: Job) -> None:
@@ -1078,8 +1071,6 @@ class Worker:
             job.workflow = read_graph(self._modifiers.build(job.modifier, job.modifications, self.comfyui))
         except self._modifiers.InvalidModification as error:
             raise invalid(str(error), "invalid_modification", **error.details) from None
-        except CONNECTION_LOST:
-            raise unavailable("ComfyUI does not answer") from None
 
     def _notify(self, job: Job, webhook: Webhook, answer: dict[str, Any]) -> None:
         """Starts a thread for the webhook: a receiver that never answers delays nobody."""
@@ -1291,7 +1282,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 def main() -> None:
     """Runs the worker until it is told to stop by SIGTERM or SIGINT; a second signal stops it at once."""
     given = {name: value for name, value in vars(_parser().parse_args()).items() if value is not None}
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    log.setLevel(logging.INFO)  # and the libraries at their warnings
     try:
         settings = Settings.read({**os.environ, **given})
         server = Server(Worker(settings))

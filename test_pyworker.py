@@ -1411,6 +1411,7 @@ SCRUBBED = [
     (r"no C:\Users\me\input\broken.png there", "no broken.png there"),
     ("see https://example.com/a/b and 1/2 or and/or", "see https://example.com/a/b and 1/2 or and/or"),
     ({"traceback": ["x"], "a": [{"b": "/x/y/z"}]}, {"a": [{"b": "z"}]}),
+    ([float("nan"), float("inf"), 1.5, True], [None, None, 1.5, True]),
 ]
 
 
