@@ -1115,7 +1115,7 @@ UNREADABLE = [
     ({"PORT": "abc"}, "PORT has to be a whole number"),
     ({"PORT": "70000"}, "PORT has to be 0 to 65535"),
     ({"JOB_TIMEOUT": "-1"}, "JOB_TIMEOUT has to be 0 to"),
-    ({"JOB_TIMEOUT": "nan"}, "JOB_TIMEOUT has to be 0 to"),
+    ({"JOB_TIMEOUT": "nan"}, "JOB_TIMEOUT has to be a number"),
     ({"S3_URL_EXPIRES": "604801"}, "S3_URL_EXPIRES has to be 1 to 604800"),
     ({"INCLUDE_COMFYUI_RESPONSE": "maybe"}, "INCLUDE_COMFYUI_RESPONSE has to be true or false"),
     ({"COMFYUI_API_BASE": "127.0.0.1:8188"}, "COMFYUI_API_BASE has to be an http:// or https:// URL"),
