@@ -540,7 +540,7 @@ class ComfyUI:
                 self._submit(job)
                 if entry := self._wait(job):
                     return entry
-                log.warning("job %s: ComfyUI lost its prompt with the connection", job.request_id)
+                log.warning("job %s: ComfyUI has lost its prompt", job.request_id)
         except JobError:
             self._stop_prompt(job)
             raise
@@ -551,11 +551,8 @@ class ComfyUI:
 
     def _submit(self, job: Job) -> None:
         """Posts the prompt once there is a connection that will hear of it."""
-        deadline = time.monotonic() + self.settings.comfyui_return_timeout
         while not self._client_id:
-            if time.monotonic() > deadline:
-                raise self._stayed_away()
-            job.next_message(max(0.0, deadline - time.monotonic()))  # until it is "connected"
+            job.next_message(self._patience())  # "connected", perhaps
         body: dict[str, Any] = {"prompt": job.workflow, "prompt_id": job.prompt_id, "client_id": self._client_id}
         if job.comfy_org_api_key:
             body["extra_data"] = {"api_key_comfy_org": job.comfy_org_api_key}
@@ -575,7 +572,6 @@ class ComfyUI:
     def _wait(self, job: Job) -> dict[str, Any] | None:
         """The prompt's history entry once it has ended; None when ComfyUI lost the prompt with its connection."""
         lost = False
-        heard_at = time.monotonic()
         while True:
             message = job.next_message(LOOK_UP_SECONDS if lost else SILENCE_SECONDS)
             lost = lost or message == {"type": "connection_lost"}
@@ -583,11 +579,8 @@ class ComfyUI:
                 continue
             try:
                 found = self._look_up(job.prompt_id)
-                heard_at = time.monotonic()
             except CONNECTION_LOST:
-                lost = found = True
-                if time.monotonic() - heard_at > self.settings.comfyui_return_timeout:
-                    raise self._stayed_away() from None
+                lost = found = bool(self._patience())
             if isinstance(found, dict):
                 if not message and not lost and self._socket:
                     self._socket.abort()  # type: ignore[no-untyped-call]  # it kept silent about the end: another is opened
@@ -626,9 +619,13 @@ class ComfyUI:
             while not _is_end(job.inbox.get(timeout=max(0.0, deadline - time.monotonic()))):
                 pass
 
-    def _stayed_away(self) -> JobError:
-        seconds = self.settings.comfyui_return_timeout
-        return JobError(502, "comfyui_lost", f"ComfyUI went away and did not come back within {seconds:g} s")
+    def _patience(self) -> float:
+        """The seconds that ComfyUI may still stay away; comfyui_lost when there are none left."""
+        limit = self.settings.comfyui_return_timeout
+        left = limit - (time.monotonic() - self._failing_since if self._failing_since else 0)
+        if left <= 0:
+            raise JobError(502, "comfyui_lost", f"ComfyUI went away and did not come back within {limit:g} s")
+        return left
 
     # files
 
