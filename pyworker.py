@@ -36,6 +36,7 @@ import pathlib
 import queue
 import random
 import re
+import select
 import signal
 import socket
 import socketserver
@@ -227,6 +228,7 @@ class Job:
     as_base64: bool = False
     comfy_org_api_key: str = ""
     include_comfyui_response: bool = False
+    connection: socket.socket | None = None  # of its client
     prompt_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     received_at: float = field(default_factory=time.time)
     timings: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMINGS, 0.0))  # milliseconds
@@ -983,6 +985,45 @@ def not_ready(state: str) -> JobError:
     return JobError(503, "comfyui_unavailable", f"ComfyUI is {state}; try again later")
 
 
+class Clients:
+    """Stops the job of a client that goes away, or only shuts down its sending side: they look the same."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[int, Job] = {}
+        # only Linux tells of a hang-up while bytes are unread; elsewhere a job runs to its end
+        self._poll = select.epoll() if hasattr(select, "epoll") else None
+        if self._poll:
+            threading.Thread(target=self._listen, args=[self._poll], name="hang-ups", daemon=True).start()
+
+    @contextlib.contextmanager
+    def watch(self, job: Job) -> Iterator[None]:
+        """Stops the job in the block when its client goes, unless a webhook is to hear of it."""
+        if not self._poll or not job.connection or job.webhook:
+            yield
+            return
+        number = job.connection.fileno()
+        self._jobs[number] = job
+        self._poll.register(number, select.EPOLLRDHUP | select.EPOLLONESHOT)
+        try:
+            yield
+        finally:
+            self._poll.unregister(number)
+            del self._jobs[number]
+
+    def _listen(self, poll: Any) -> None:
+        while True:
+            for number, _ in poll.poll():
+                job = self._jobs.get(number)
+                if job and _is_gone(number):  # the number may be another connection's by now
+                    job.stop(JobError(499, "cancelled", "the client closed its connection"))
+
+
+def _is_gone(number: int) -> bool:
+    poll = select.poll()
+    poll.register(number, select.POLLRDHUP)
+    return bool(poll.poll(0))
+
+
 class Tally:
     """Counts what is under way, so that a stopping worker can wait for its end."""
 
@@ -1014,13 +1055,13 @@ class Worker:
         self.comfyui = ComfyUI(settings)
         self._delivery = Delivery(settings, self.comfyui)
         self._line = Line(settings.max_queue_size)
+        self._clients = Clients()
         self._modifiers = load_modifiers()
         self._stopping = False
         self._started_at = time.monotonic()
 
-    def answer(self, body: bytes, include_comfyui_response: bool = False) -> tuple[int, dict[str, Any]]:
-        """Takes the request in `body` to its end; returns the HTTP status and the envelope, for failures too."""
-        job = Job(include_comfyui_response=include_comfyui_response or self.settings.include_comfyui_response)
+    def answer(self, job: Job, body: bytes) -> tuple[int, dict[str, Any]]:
+        """Takes the job that `body` asks for to its end; returns the HTTP status and the envelope, for failures too."""
         error = None
         try:
             read_job(job, parse_input(body), self.settings)
@@ -1049,7 +1090,7 @@ class Worker:
             self._build(job)
             if job.s3:
                 s3_client(job.s3, self.settings)  # 400 before GPU time is spent, where S3 cannot be used
-        with self._line.turn(job), job.timed("generation_ms"):
+        with self._clients.watch(job), self._line.turn(job), job.timed("generation_ms"):
             job.entry = self.comfyui.run(job)
         with job.timed("postprocess_ms"):
             undelivered = self._delivery.deliver(job, read_outputs(job.entry, job.workflow))
@@ -1189,7 +1230,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         wanted, given = f"Bearer {worker.settings.auth_token}", self.headers.get("Authorization", "")
         if worker.settings.auth_token and not hmac.compare_digest(wanted.encode(), given.encode()):
             raise JobError(401, "unauthorized", "this worker needs the header 'Authorization: Bearer …' with its token")
-        return worker.answer(self._read_body(), self.headers.get("X-Include-ComfyUI-Response") in ("1", "true"))
+        wants_response = self.headers.get("X-Include-ComfyUI-Response") in ("1", "true")
+        included = wants_response or worker.settings.include_comfyui_response
+        return worker.answer(Job(connection=self.connection, include_comfyui_response=included), self._read_body())
 
     def _read_body(self) -> bytes:
         lengths = set(self.headers.get_all("Content-Length", []))

@@ -1715,6 +1715,47 @@ def test_jobs_run_one_at_a_time_in_the_order_they_came(worker: Worker, comfyui_u
     assert ended == sorted(ended)
 
 
+def connect(worker: Worker, input: dict[str, Any]) -> socket.socket:
+    """A connection on which a job was asked for, to be closed at will."""
+    host, port = worker.url[7:].split(":")
+    body = json.dumps({"input": input}).encode()
+    connection = socket.create_connection((host, int(port)), 60)
+    connection.sendall(b"POST /generate/sync HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    return connection
+
+
+@pytest.mark.parametrize("unread", [b"", b"GET /health HTTP/1.1\r\n"], ids=["nothing", "bytes"])
+def test_a_closed_connection_frees_the_gpu(worker: Worker, comfyui_url: str, unread: bytes) -> None:
+    connection = connect(worker, {"request_id": "left", "workflow_json": long_job(1000)})
+    wait_for("the job runs", lambda: running_prompts(comfyui_url))
+    connection.sendall(unread)
+    connection.close()
+    wait_for("the prompt is off the GPU", lambda: not running_prompts(comfyui_url))
+    wait_for("the worker is free", lambda: worker.health().json["running"] is None)
+    assert worker.logged("job left cancelled (499): the client closed its connection")
+
+
+def test_a_closed_connection_drops_a_waiting_job(worker: Worker, comfyui_url: str) -> None:
+    running = in_background(worker.post, {"workflow_json": long_job(100)})
+    wait_for("a job runs", functools.partial(in_line, worker, 0))
+    before = len(fetch(f"{comfyui_url}/history").json)
+    waiting = [connect(worker, {"workflow_json": picture()}) for _ in range(3)]
+    wait_for("three wait", functools.partial(in_line, worker, 3))
+    waiting[1].shutdown(socket.SHUT_WR)  # counts as gone
+    waiting[2].close()
+    wait_for("one waits", functools.partial(in_line, worker, 1))
+    assert running.result(120).status == 200
+    assert waiting[0].recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+    assert len(fetch(f"{comfyui_url}/history").json) == before + 2, "ComfyUI ran what nobody waited for"
+
+
+def test_a_job_with_a_webhook_outlives_its_connection(worker: Worker, comfyui_url: str, receiver: Receiver) -> None:
+    connection = connect(worker, {"workflow_json": long_job(30), "webhook": {"url": receiver.url}})
+    wait_for("the job runs", lambda: running_prompts(comfyui_url))
+    connection.close()
+    assert json.loads(receiver.wait_for(1)[0][1])["status"] == "completed"
+
+
 def test_a_full_queue_refuses_the_next(start: Callable[..., Worker], receiver: Receiver) -> None:
     small = start(MAX_QUEUE_SIZE=1)
     jobs = []
