@@ -468,6 +468,10 @@ class ComfyUI:
         """The model files that ComfyUI lists in that folder: 'checkpoints', 'loras', …"""
         return list(self._get(f"/models/{urllib.parse.quote(folder, safe='')}"))
 
+    def clear_cache(self) -> None:
+        """Has ComfyUI forget what it has made, and unload its models."""
+        self._exchange("/free", {"free_memory": True})
+
     # the websocket
 
     def listen(self) -> None:
@@ -948,7 +952,7 @@ class Line:
         with self._lock:
             if self._closed:
                 raise not_ready("stopping")
-            if self.running and len(self.waiting) >= self._max_waiting:
+            if self.running and len(self.waiting) >= self._max_waiting and not job.was_accepted:
                 raise JobError(503, "queue_full", f"{self._max_waiting} jobs are waiting already; try again later")
             job.was_accepted = True
             self.waiting.append(job)
@@ -1090,12 +1094,20 @@ class Worker:
             self._build(job)
             if job.s3:
                 s3_client(job.s3, self.settings)  # 400 before GPU time is spent, where S3 cannot be used
+        error = self._run(job)
+        if error and error.type == "output_missing":  # of a cached job: somebody has deleted its files since
+            self.comfyui.clear_cache()
+            job.prompt_id = str(uuid.uuid4())
+            error = self._run(job)
+        if error:
+            raise error
+
+    def _run(self, job: Job) -> JobError | None:
         with self._clients.watch(job), self._line.turn(job), job.timed("generation_ms"):
             job.entry = self.comfyui.run(job)
         with job.timed("postprocess_ms"):
             undelivered = self._delivery.deliver(job, read_outputs(job.entry, job.workflow))
-        if error := failure(job.entry) or undelivered:
-            raise error
+        return failure(job.entry) or undelivered
 
     def _build(self, job: Job) -> None:
         """Has the job's modifier, if it names one, build its workflow."""

@@ -1599,13 +1599,23 @@ def test_local_path_is_shown_where_the_folder_is_known(start: Callable[..., Work
     assert path.parent == folder / "output" / "deep" and path.read_bytes() == base64.b64decode(answer.files[0]["data"])
 
 
-def test_a_file_that_was_deleted_meanwhile_is_missing(worker: Worker) -> None:
+def test_a_cached_job_whose_file_was_deleted_is_run_again(worker: Worker, comfyui_url: str) -> None:
     graph = picture()
-    first = worker.post({"workflow_json": graph}).files[0]
-    pathlib.Path(os.environ["COMFYUI_INPUT"]).parent.joinpath("output", first["filename"]).unlink()
-    answer = worker.post({"workflow_json": graph})
-    assert (answer.status, answer.error["type"]) == (502, "output_missing")
-    assert answer.files[0]["filename"] == first["filename"] and first["filename"] in answer.error["message"]
+    for _ in range(3):
+        first = worker.post({"workflow_json": graph}).files[0]
+        pathlib.Path(os.environ["COMFYUI_INPUT"]).parent.joinpath("output", first["filename"]).unlink()
+        before = len(fetch(f"{comfyui_url}/history").json)
+        answer = worker.post({"workflow_json": graph})
+        assert answer.status == 200 and answer.files[0]["data"] == first["data"], answer.json
+        assert len(fetch(f"{comfyui_url}/history").json) == before + 2, "once cached, once run"
+
+
+def test_a_file_that_is_not_there_is_missing(worker: Worker) -> None:
+    comfyui = pyworker.ComfyUI(pyworker.Settings(comfyui_api_base=worker.health().json["comfyui"]["url"]))
+    output = {"filename": "nobody-made-this.png", "subfolder": "", "type": "output"}
+    with pytest.raises(pyworker.JobError, match="no longer on ComfyUI's disk") as caught, comfyui.open(output):
+        pass
+    assert (caught.value.status, caught.value.type) == (502, "output_missing")
 
 
 def test_a_body_cut_short_is_never_taken_for_whole() -> None:
