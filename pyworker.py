@@ -151,6 +151,13 @@ def _typed(kind: Any, words: str) -> Callable[[Any], Any]:
     return read
 
 
+def read_plain(text: Any) -> str:
+    """What can go into an HTTP header."""
+    if not isinstance(text, str) or not re.fullmatch(r"[!-~]+", text):
+        raise ValueError("has to be a string in plain ASCII, without spaces")
+    return text
+
+
 def read_url(text: Any) -> Url:
     """An http(s) URL; http.client refuses spaces, control and non-ASCII characters when it is too late to say so."""
     with contextlib.suppress(ValueError):  # of a port that is none, or a bracket without its twin
@@ -266,7 +273,7 @@ class Job:
 def parse_input(body: bytes) -> dict[str, Any]:
     """What a request says of its job: {"input": {…}}, or that in the serverless envelope's "payload"; 400 otherwise."""
     try:
-        value = json.loads(body, parse_constant=_typed((), "a JSON number, not NaN or Infinity"))
+        value = json.loads(body, parse_constant=_finite, parse_float=_finite)
         _check_depth(value, MAX_JSON_DEPTH)
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise invalid(f"the body is not JSON that can be read: {error}") from None
@@ -275,6 +282,12 @@ def parse_input(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict) or not isinstance(value.get("input"), dict):
         raise invalid('the body has to be a JSON object with the job in "input": {"input": {"workflow_json": {…}}}')
     return dict(value["input"])
+
+
+def _finite(text: str) -> float:
+    if not float("-inf") < float(text) < float("inf"):  # as NaN is not either
+        raise ValueError(f"{text:.20} is no number that JSON has")
+    return float(text)
 
 
 def _check_depth(value: Any, left: int) -> None:
@@ -337,8 +350,7 @@ INPUT_FIELDS: Table = {
     "return_outputs_as_base64": _flag,
     "comfy_org_api_key": _string,
 }
-S3_FIELDS: Table = {"endpoint_url": read_url, **dict.fromkeys(("access_key_id", "secret_access_key"), _string)}
-S3_FIELDS |= {"bucket_name": _string, "region": _string}
+S3_FIELDS: Table = {name: read_url if name == "endpoint_url" else read_plain for name in S3Target._fields}
 WEBHOOK_FIELDS: Table = {"url": read_url, "extra_params": _object, "secret": read_signing_key, "timeout": _number}
 
 
@@ -868,11 +880,9 @@ def s3_client(target: S3Target, settings: Settings) -> Any:
     try:
         import boto3  # here, because not every worker needs S3
         from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
     except ImportError:
         raise invalid("this worker cannot use S3: its operator has to pip install boto3") from None
-    session = boto3.Session(target.access_key_id or None, target.secret_access_key or None)
-    if not session.get_credentials():
-        raise invalid("S3 has no keys: give s3.access_key_id and s3.secret_access_key, or set them in the environment")
     config = Config(
         signature_version="s3v4",
         # with "auto", AWS' presigned URLs lead to us-east-1, whatever the region
@@ -884,9 +894,14 @@ def s3_client(target: S3Target, settings: Settings) -> Any:
     )
     region = target.region or ("us-east-1" if target.endpoint_url else None)
     try:
-        return session.client("s3", region, endpoint_url=target.endpoint_url or None, config=config)
-    except ValueError as error:
+        session = boto3.Session(target.access_key_id or None, target.secret_access_key or None)
+        client = session.client("s3", region, endpoint_url=target.endpoint_url or None, config=config)
+        has_keys = session.get_credentials()
+    except (ValueError, BotoCoreError) as error:
         raise invalid(f"the S3 settings cannot be used: {_without_keys(str(error), target)}") from None
+    if not has_keys:
+        raise invalid("S3 has no keys: give s3.access_key_id and s3.secret_access_key, or set them in the environment")
+    return client
 
 
 def _without_keys(text: str, target: S3Target) -> str:

@@ -1163,7 +1163,9 @@ def test_boto3_is_imported_only_for_s3(worker: Worker) -> None:
 NOT_A_JOB = [
     (b"", "not JSON"),
     (b"{", "not JSON"),
-    (b'{"input": {"seed": NaN}}', "not NaN"),
+    (b'{"input": {"seed": NaN}}', "NaN is no number that JSON has"),
+    (b'{"input": {"seed": 1e400}}', "1e400 is no number that JSON has"),
+    (b'{"input": {"seed": ' + b"9" * 5000 + b"}}", "not JSON"),
     (b"\xff\xfe", "not JSON"),
     (b"[" * 100000, "not JSON that can be read"),
     (b'{"input": ' + b"[" * 150 + b"]" * 150 + b"}", "nested more than 100 deep"),
@@ -1208,6 +1210,12 @@ BROKEN_RULES = [
     ({"webhook": {"url": "http://example.com", "secret": "x"}}, "webhook.secret has to be 'whsec_' and base64"),
     ({"webhook": {"url": "http://example.com", "secret": "whsec_"}}, "webhook.secret has to be 'whsec_' and base64"),
     ({"s3": {"access_key_id": "a"}}, "come in pairs"),
+    ({"s3": {"access_key_id": "a\n", "secret_access_key": "b"}}, "s3.access_key_id has to be a string in plain ASCII"),
+    ({"s3": {"bucket_name": "\ud800"}}, "s3.bucket_name has to be a string in plain ASCII"),
+    (
+        {"s3": {"bucket_name": "b", "region": "no/where", "access_key_id": "a", "secret_access_key": "b"}},
+        "cannot be used",
+    ),
     ({"s3": {"access_key_id": "a", "secret_access_key": "b"}}, "s3 needs a bucket"),
     ({"s3": {"bucket_name": "b"}}, "this worker has no keys for it"),
     ({"s3": {"bucket_name": "b", "endpoint_url": "http://127.0.0.1:1"}}, "needs its own s3.access_key_id"),
