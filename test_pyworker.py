@@ -1454,7 +1454,7 @@ def fill(graph: dict[str, Any]) -> Any:
 
 def test_a_job_above_its_time_is_taken_off_the_gpu(start: Callable[..., Worker], comfyui_url: str) -> None:
     limited = start(JOB_TIMEOUT=1)
-    answer = limited.post({"workflow_json": long_job(1000)})
+    answer = limited.post({"workflow_json": long_job(5000)})
     assert (answer.status, answer.error["type"], answer.json["status"]) == (504, "timeout", "timeout")
     assert not running_prompts(comfyui_url), "ComfyUI still works on it"
     assert limited.post({"workflow_json": picture()}).status == 200
@@ -1744,7 +1744,7 @@ def connect(worker: Worker, input: dict[str, Any]) -> socket.socket:
 
 @pytest.mark.parametrize("unread", [b"", b"GET /health HTTP/1.1\r\n"], ids=["nothing", "bytes"])
 def test_a_closed_connection_frees_the_gpu(worker: Worker, comfyui_url: str, unread: bytes) -> None:
-    connection = connect(worker, {"request_id": "left", "workflow_json": long_job(1000)})
+    connection = connect(worker, {"request_id": "left", "workflow_json": long_job(5000)})
     wait_for("the job runs", lambda: running_prompts(comfyui_url))
     connection.sendall(unread)
     connection.close()
@@ -1810,7 +1810,7 @@ def test_sigterm_ends_what_runs_and_gives_back_what_waits(start: Callable[..., W
 
 def test_a_job_that_outlives_the_grace_is_cancelled(start: Callable[..., Worker], comfyui_url: str) -> None:
     stopping = start(SHUTDOWN_GRACE=1)
-    job = in_background(stopping.post, {"workflow_json": long_job(1000)})
+    job = in_background(stopping.post, {"workflow_json": long_job(5000)})
     wait_for("the job runs", lambda: running_prompts(comfyui_url))
     stopping.process.send_signal(signal.SIGTERM)
     answer = job.result(60)
