@@ -274,7 +274,7 @@ def parse_input(body: bytes) -> dict[str, Any]:
     """What a request says of its job: {"input": {…}}, or that in the serverless envelope's "payload"; 400 otherwise."""
     try:
         value = json.loads(body, parse_constant=_finite, parse_float=_finite)
-        _check_depth(value, MAX_JSON_DEPTH)
+        _check(value, MAX_JSON_DEPTH)
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise invalid(f"the body is not JSON that can be read: {error}") from None
     if isinstance(value, dict) and isinstance(value.get("payload"), dict):
@@ -290,12 +290,15 @@ def _finite(text: str) -> float:
     return float(text)
 
 
-def _check_depth(value: Any, left: int) -> None:
+def _check(value: Any, left: int) -> None:
+    """Refuses what JSON allows and nobody can pass on: endless nesting, halves of surrogate pairs."""
     if not left:
         raise RecursionError(f"it is nested more than {MAX_JSON_DEPTH} deep")
-    if isinstance(value, (dict, list)):
-        for each in value.values() if isinstance(value, dict) else value:
-            _check_depth(each, left - 1)
+    if isinstance(value, str):
+        value.encode()
+    elif isinstance(value, (dict, list)):
+        for each in (*value, *value.values()) if isinstance(value, dict) else value:
+            _check(each, left - 1)
 
 
 def invalid(message: str, type: str = "invalid_request", **details: Any) -> JobError:
@@ -1103,9 +1106,10 @@ class Worker:
     def _process(self, job: Job) -> None:
         """Prepares the job, runs it on the GPU when its turn comes, and delivers what it made."""
         with job.timed("preprocess_ms"):
-            state = self.state()
-            if state != "ready":
-                raise not_ready(state)
+            if self.state() != "ready":
+                self.comfyui.describe()  # what is known may be old, where nobody probes
+                if (state := self.state()) != "ready":
+                    raise not_ready(state)
             self._build(job)
             if job.s3:
                 s3_client(job.s3, self.settings)  # 400 before GPU time is spent, where S3 cannot be used
@@ -1233,9 +1237,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         raise AttributeError(name)
 
     def _handle(self) -> None:
-        self.owes_body = self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
+        # a head that http.server half understands hides where the next request begins
+        malformed = bool(self.headers.defects) or any(name != name.strip() for name in self.headers)
+        lengths = self.headers.get_all("Content-Length", ["0"])
+        self.owes_body = malformed or lengths != ["0"] or "Transfer-Encoding" in self.headers
         with self.server.worker.under_way:
             try:
+                if malformed:
+                    raise invalid("a header of the request is malformed")
                 status, answer = self._route()
             except JobError as error:
                 status, answer = error.status, envelope(Job(), error)
@@ -1243,10 +1252,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _route(self) -> tuple[int, dict[str, Any]]:
         worker = self.server.worker
-        path = self.path.partition("?")[0]
+        path = re.sub("^https?://[^/]*", "", self.path).partition("?")[0]
         origin = self.headers.get("Origin")
         # keeps a page in somebody's browser from using a worker that only this browser's machine can reach
-        if origin and urllib.parse.urlsplit(origin).netloc != self.headers.get("Host"):
+        if origin and origin.partition("://")[2] != self.headers.get("Host"):
             raise JobError(403, "forbidden_origin", "requests of a page from another origin are refused")
         if path not in ROUTES:
             raise JobError(404, "not_found", "there is nothing here; there is POST /generate/sync and GET /health")

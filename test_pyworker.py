@@ -871,10 +871,16 @@ def comfyui_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def stand_in(port: int, folder: pathlib.Path) -> Iterator[str]:
+def stand_in_process(port: int, folder: pathlib.Path) -> Iterator[subprocess.Popen[bytes]]:
     command = (sys.executable, __file__, "comfyui", "--port", str(port), "--folder", str(folder))
-    with process(*command, log=folder / "log"):
+    with process(*command, log=folder / "log") as running:
         wait_for("the stand-in is up", lambda: answers(f"http://127.0.0.1:{port}/system_stats"))
+        yield running
+
+
+@contextlib.contextmanager
+def stand_in(port: int, folder: pathlib.Path) -> Iterator[str]:
+    with stand_in_process(port, folder):
         yield f"http://127.0.0.1:{port}"
 
 
@@ -1163,6 +1169,9 @@ def test_boto3_is_imported_only_for_s3(worker: Worker) -> None:
 NOT_A_JOB = [
     (b"", "not JSON"),
     (b"{", "not JSON"),
+    (b'{"input": {"a": "\\ud800"}}', "surrogates not allowed"),
+    (b'{"input": {"\\ud800": 1}}', "surrogates not allowed"),
+    (b'{"input": {"a": "\xed\xa0\x80"}}', "surrogates not allowed"),
     (b'{"input": {"seed": NaN}}', "NaN is no number that JSON has"),
     (b'{"input": {"seed": 1e400}}', "1e400 is no number that JSON has"),
     (b'{"input": {"seed": ' + b"9" * 5000 + b"}}", "not JSON"),
@@ -1963,6 +1972,25 @@ def test_other_paths_and_methods(
     assert answer.headers["Content-Type"] == "application/json"
 
 
+def test_a_url_may_be_whole(worker: Worker) -> None:
+    request = b"GET http://anybody.example/health?now HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    assert raw(worker, request).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_worker_that_nobody_probes_finds_its_comfyui_again(
+    start: Callable[..., Worker], tmp_path: pathlib.Path
+) -> None:
+    port = free_port()
+    with stand_in_process(port, tmp_path) as comfyui:
+        behind = start(COMFYUI_API_BASE=f"http://127.0.0.1:{port}")
+        time.sleep(1.1)  # what a probe says is kept for a second
+        comfyui.send_signal(signal.SIGSTOP)
+        assert behind.health().status == 200, "one failure is none yet"
+        comfyui.send_signal(signal.SIGCONT)
+        time.sleep(pyworker.FLAP_SECONDS + 0.5)
+        assert behind.post({"workflow_json": picture()}).status == 200
+
+
 def test_a_head_request_has_no_body(worker: Worker) -> None:
     received = raw(worker, b"HEAD /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert received.startswith(b"HTTP/1.1 200 ") and received.endswith(b"\r\n\r\n")
@@ -1975,12 +2003,22 @@ def test_a_body_without_a_length_is_refused(worker: Worker) -> None:
     assert chunked.startswith(b"HTTP/1.1 411 ") and b'"length_required"' in chunked and chunked.count(b"HTTP/1.1") == 1
 
 
-@pytest.mark.parametrize(
-    "lengths", [b"Content-Length: -1", b"Content-Length: 2\r\nContent-Length: 3", b"Content-Length: x"]
-)
+UNCLEAR_LENGTHS = [
+    b"Content-Length: -1",
+    b"Content-Length: x",
+    b"Content-Length: 2\r\nContent-Length: 3",
+    b"Content-Length: 0\r\nContent-Length: 33",
+    b"Content-Length : 2",
+    b"no header\r\nContent-Length: 2",
+]
+
+
+@pytest.mark.parametrize("lengths", UNCLEAR_LENGTHS)
 def test_a_length_that_is_none_is_refused(worker: Worker, lengths: bytes) -> None:
-    received = raw(worker, b"POST /generate/sync HTTP/1.1\r\nHost: x\r\n" + lengths + b"\r\n\r\n{}")
-    assert received.startswith(b"HTTP/1.1 400 ") and received.count(b"HTTP/1.1") == 1
+    received = raw(
+        worker, b"POST /generate/sync HTTP/1.1\r\nHost: x\r\n" + lengths + b"\r\n\r\nGET /health HTTP/1.1\r\n\r\n"
+    )
+    assert received.startswith(b"HTTP/1.1 400 ") and received.count(b"HTTP/1.1 ") == 1, "what follows is no request"
 
 
 def test_a_body_too_large_is_answered_not_reset(start: Callable[..., Worker]) -> None:
@@ -2036,7 +2074,7 @@ def test_the_token_is_asked_for(start: Callable[..., Worker]) -> None:
 
 
 def test_a_page_of_another_origin_is_refused(worker: Worker) -> None:
-    for origin, status in (("https://evil.example", 403), ("null", 403), (worker.url, 200)):
+    for origin, status in (("https://evil.example", 403), ("null", 403), ("http://[", 403), (worker.url, 200)):
         answer = worker.post({"workflow_json": picture()}, {"Origin": origin})
         assert answer.status == status and (status == 200 or answer.error["type"] == "forbidden_origin")
 
