@@ -1220,7 +1220,7 @@ BROKEN_RULES = [
     ({"webhook": {"url": "http://example.com", "secret": "whsec_"}}, "webhook.secret has to be 'whsec_' and base64"),
     ({"s3": {"access_key_id": "a"}}, "come in pairs"),
     ({"s3": {"access_key_id": "a\n", "secret_access_key": "b"}}, "s3.access_key_id has to be a string in plain ASCII"),
-    ({"s3": {"bucket_name": "\ud800"}}, "s3.bucket_name has to be a string in plain ASCII"),
+    ({"s3": {"bucket_name": "b\u00fccket"}}, "s3.bucket_name has to be a string in plain ASCII"),
     (
         {"s3": {"bucket_name": "b", "region": "no/where", "access_key_id": "a", "secret_access_key": "b"}},
         "cannot be used",
