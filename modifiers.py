@@ -51,7 +51,10 @@ TYPE_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", t
 
 
 def modifier(function: Callable[..., Graph]) -> Callable[..., Graph]:
-    """Makes the function a modifier under its own name."""
+    """Makes the function a modifier under its own name; what makes no schema, or hides another, stops the worker."""
+    if function.__name__ in MODIFIERS:
+        raise ValueError(f"there are two modifiers of the name {function.__name__}")
+    _parameters(function)
     MODIFIERS[function.__name__] = function
     return function
 
@@ -91,6 +94,8 @@ def _parameters(function: Callable[..., Graph]) -> dict[str, dict[str, Any]]:
             continue
         union = typing.get_origin(parameter.annotation) in (typing.Union, types.UnionType)
         kinds = typing.get_args(parameter.annotation) if union else (parameter.annotation,)
+        if not set(kinds) <= TYPE_NAMES.keys():
+            raise ValueError(f"{function.__name__}: {name} needs a type: str, int, float, bool, or a union of them")
         schema[name] = {"type": [TYPE_NAMES[kind] for kind in kinds]}
         if parameter.default is not parameter.empty:
             schema[name]["default"] = parameter.default

@@ -120,7 +120,9 @@ class Settings:
                 values[each.name] = value = named(variable, ENVIRONMENT_READERS[str(each.type)], _from_text(each, text))
                 low, high = each.metadata["low"], each.metadata["high"]
                 if isinstance(value, (int, float)) and not low <= value <= high:  # not for NaN either
-                    raise ValueError(f"{variable} has to be {low:g} to {high:g}")
+                    raise ValueError(
+                        f"{variable} has to be {low:g} " + ("or more" if high == float("inf") else f"to {high}")
+                    )
         settings = cls(**values)
         if bool(settings.s3_access_key_id) != bool(settings.s3_secret_access_key):
             raise ValueError("S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY come in pairs: set both or neither")
@@ -309,7 +311,7 @@ def invalid(message: str, type: str = "invalid_request", **details: Any) -> JobE
 def read_request_id(value: Any) -> str:
     """The request's own id, which becomes a part of an S3 key."""
     if not isinstance(value, str) or not re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,128}", value):
-        raise ValueError("has to be 1 to 128 characters out of A-Z a-z 0-9 . _ - and not start with a dot")
+        raise ValueError("has to be a string of 1 to 128 characters out of A-Z a-z 0-9 . _ - and not start with a dot")
     return value
 
 
@@ -365,7 +367,8 @@ def read_job(job: Job, given: dict[str, Any], settings: Settings) -> None:
     s3 = _read_fields(job, "s3.", fields.get("s3", {}), S3_FIELDS)
     webhook = _read_fields(job, "webhook.", fields.get("webhook", {}), WEBHOOK_FIELDS)
     if ("modifier" in fields) == ("workflow_json" in fields):
-        raise invalid("give exactly one of modifier and workflow_json")
+        given_are = "both" if "modifier" in fields else "neither"
+        raise invalid(f"give exactly one of modifier and workflow_json in input; {given_are} is given")
     if "modifications" in fields and "modifier" not in fields:
         raise invalid("modifications go with a modifier; with workflow_json, put the values into the workflow itself")
     job.modifier, job.modifications = fields.get("modifier", ""), fields.get("modifications", {})
@@ -946,6 +949,7 @@ def deliver_webhook(webhook: Webhook, message_id: str, body: bytes) -> None:
         outcome = post_webhook(webhook, message_id, body)
         if outcome != "failed" or seconds is None:
             break
+        log.warning("webhook %s failed; it is tried again in about %g s", message_id, seconds)
         pause.wait(seconds * random.uniform(0.8, 1.2))
     if outcome != "delivered":
         log.error("webhook %s was not delivered: %s", message_id, outcome)
@@ -1004,7 +1008,8 @@ def not_ready(state: str) -> JobError:
     """What a worker answers to a job that it cannot begin."""
     if state == "stopping":
         return JobError(503, "shutting_down", "the worker is stopping; send the job again, to another one or later")
-    return JobError(503, "comfyui_unavailable", f"ComfyUI is {state}; try again later")
+    trouble = "is not up yet" if state == "starting" else "does not answer"
+    return JobError(503, "comfyui_unavailable", f"ComfyUI {trouble}; try again later")
 
 
 class Clients:
@@ -1098,7 +1103,8 @@ class Worker:
             error = JobError(500, "internal_error", "the worker failed; its log says why")
         answer = envelope(job, error)
         outcome = f"{error.type} ({error.status}): {error.message}" if error else "completed"
-        log.info("job %s %s; %s", job.request_id, outcome.encode("unicode_escape").decode(), answer["timings"])
+        timings = ", ".join(f"{name} {answer['timings'][name]}" for name in (*TIMINGS, "total_ms"))
+        log.info("job %s %s; %s", job.request_id, outcome.encode("unicode_escape").decode(), timings)
         if job.was_accepted and job.webhook:
             self._notify(job, job.webhook, answer)
         return error.status if error else 200, answer
@@ -1179,9 +1185,8 @@ class Worker:
         self._line.close()
         grace = self.settings.shutdown_grace
         log.info("stopping: %d requests and webhooks under way get %g s", self.under_way.count, grace)
-        if not self.under_way.wait(grace):
-            if running := self._line.running:
-                running.stop(JobError(499, "cancelled", "the worker had to stop before the job ended"))
+        if not self.under_way.wait(grace) and (running := self._line.running):
+            running.stop(JobError(499, "cancelled", "the worker had to stop before the job ended"))
             self.under_way.wait(2 * INTERRUPT_SECONDS)
         log.info("stopped with %d requests and webhooks under way", self.under_way.count)
 

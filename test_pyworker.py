@@ -1120,7 +1120,7 @@ def running_prompts(comfyui_url: str) -> list[str]:
 UNREADABLE = [
     ({"PORT": "abc"}, "PORT has to be a whole number"),
     ({"PORT": "70000"}, "PORT has to be 0 to 65535"),
-    ({"JOB_TIMEOUT": "-1"}, "JOB_TIMEOUT has to be 0 to"),
+    ({"JOB_TIMEOUT": "-1"}, "JOB_TIMEOUT has to be 0 or more"),
     ({"JOB_TIMEOUT": "nan"}, "JOB_TIMEOUT has to be a number"),
     ({"S3_URL_EXPIRES": "604801"}, "S3_URL_EXPIRES has to be 1 to 604800"),
     ({"INCLUDE_COMFYUI_RESPONSE": "maybe"}, "INCLUDE_COMFYUI_RESPONSE has to be true or false"),
@@ -1828,6 +1828,15 @@ def test_a_job_that_outlives_the_grace_is_cancelled(start: Callable[..., Worker]
     assert not running_prompts(comfyui_url), "the GPU is left busy for nobody"
 
 
+def test_a_webhook_that_cannot_be_delivered_does_not_outlast_the_grace(start: Callable[..., Worker]) -> None:
+    stopping = start(SHUTDOWN_GRACE=1, WEBHOOK_URL="http://127.0.0.1:1/")
+    assert stopping.post({"workflow_json": picture()}).status == 200
+    wait_for("the log tells of the failure", lambda: stopping.logged("it is tried again in about 4 s"))
+    stopping.process.send_signal(signal.SIGTERM)
+    assert stopping.process.wait(8) == 0
+    assert stopping.logged("stopped with 1 requests and webhooks under way")
+
+
 def test_a_bug_is_answered_without_its_traceback(start: Callable[..., Worker], tmp_path: pathlib.Path) -> None:
     for name in ("pyworker.py", "modifiers.py"):
         shutil.copy(HERE / name, tmp_path)
@@ -1876,6 +1885,23 @@ def test_a_wrong_modification_is_named_with_what_there_is(
         assert answer.error["schema"]["prompt"] == {"type": ["string"]}
         assert answer.error["schema"]["steps"] == {"type": ["integer"], "default": 20}
         assert "context" not in answer.error["schema"]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("def NoType(a) -> Graph: ...", "NoType: a needs a type"),
+        ("def Listed(a: list[str]) -> Graph: ...", "Listed: a needs a type"),
+        ("def Text2Image(a: str) -> Graph: ...", "two modifiers of the name Text2Image"),
+    ],
+)
+def test_a_modifier_that_makes_no_schema_stops_the_worker(tmp_path: pathlib.Path, function: str, message: str) -> None:
+    for name in ("pyworker.py", "modifiers.py"):
+        shutil.copy(HERE / name, tmp_path)
+    with (tmp_path / "modifiers.py").open("a") as modifiers:
+        modifiers.write(f"\n\n@modifier\n{function}\n")
+    done = subprocess.run([sys.executable, str(tmp_path / "pyworker.py")], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_whole_number_may_come_as_a_float(worker: Worker) -> None:
@@ -2180,6 +2206,7 @@ def test_the_readmes_receiver_verifies(worker: Worker, tmp_path: pathlib.Path) -
         webhook = {"url": f"http://127.0.0.1:{port}", "secret": secret[0], "extra_params": {"a": 1}}
         worker.post({"request_id": "verified", "workflow_json": picture(), "webhook": webhook})
         wait_for("it prints the job", lambda: "verified completed {'a': 1}" in log.read_text())
+        assert fetch(f"http://127.0.0.1:{port}", b"{}").status == 401, "unsigned"
 
 
 def test_the_readmes_modifier_works(start: Callable[..., Worker], tmp_path: pathlib.Path) -> None:
