@@ -87,24 +87,24 @@ class Settings:
     port: int = _setting(8000, "port to listen on", high=65535)
     comfyui_api_base: Url = _setting("http://127.0.0.1:8188", "where ComfyUI answers")
     comfyui_install_path: str = _setting("", "ComfyUI's folder; set, an answer shows each file's local_path")
-    comfyui_return_timeout: float = _setting(120.0, "seconds that a ComfyUI gone under a job may stay away")
+    comfyui_return_timeout: float = _setting(120.0, "seconds that a ComfyUI gone under a job may stay away", high=10**7)
     auth_token: str = _setting("", "what clients have to send as 'Authorization: Bearer …'")
     max_queue_size: int = _setting(100, "jobs that may wait for the GPU; the next one gets 503")
     max_body_bytes: int = _setting(64 << 20, "largest request body")
     output_base64_max_bytes: int = _setting(64 << 20, "largest file that an answer carries as base64")
-    job_timeout: float = _setting(0.0, "seconds that a job may take on the GPU; 0: no limit")
-    shutdown_grace: float = _setting(300.0, "seconds that SIGTERM gives the running job and owed webhooks")
+    job_timeout: float = _setting(0.0, "seconds that a job may take on the GPU; 0: no limit", high=10**7)
+    shutdown_grace: float = _setting(300.0, "seconds that SIGTERM gives the running job and owed webhooks", high=10**7)
     s3_access_key_id: str = _setting("", "S3 key; with neither key set, boto3's own chain is used")
     s3_secret_access_key: str = _setting("", "its secret")
     s3_bucket_name: str = _setting("", "bucket; naming one turns S3 on")
     s3_endpoint_url: Url = _setting("", "S3 server; empty: AWS")
     s3_region: str = _setting("", "its region")
     s3_prefix: str = _setting("", "put before every S3 key")
-    s3_connect_timeout: float = _setting(60.0, "seconds until a connection to S3 counts as failed", low=0.001)
+    s3_connect_timeout: float = _setting(60.0, "seconds until a connection to S3 counts as failed", 0.001, 3600)
     s3_connect_attempts: int = _setting(3, "tries of each S3 request, the first one included", low=1)
     s3_url_expires: int = _setting(604800, "seconds that a presigned URL is valid", low=1, high=604800)
     webhook_url: Url = _setting("", "gets a POST for every job that ends")
-    webhook_timeout: float = _setting(30.0, "seconds until a webhook's receiver counts as silent", low=0.001)
+    webhook_timeout: float = _setting(30.0, "seconds until a webhook's receiver counts as silent", 0.001, 3600)
     webhook_secret: SigningKey = _setting(b"", "signs what goes to WEBHOOK_URL: whsec_ and base64")
     default_checkpoint: str = _setting("", "Text2Image's checkpoint; empty: the first one that ComfyUI lists")
     include_comfyui_response: bool = _setting(False, "put ComfyUI's history entry into every answer")
@@ -498,7 +498,7 @@ class ComfyUI:
         while True:
             try:
                 self._follow()
-            except (*CONNECTION_LOST, JobError, websocket.WebSocketException, ValueError) as error:
+            except Exception as error:  # whatever a server sends, somebody has to listen to the next one
                 if self._client_id:
                     log.warning("lost the connection to ComfyUI: %s", error)
                 self._client_id = ""
@@ -510,7 +510,7 @@ class ComfyUI:
         with contextlib.closing(self._connect()) as connection:
             for frame in iter(connection.recv, ""):
                 message = json.loads(frame) if isinstance(frame, str) else {}  # bytes are a preview
-                about = message.get("data")
+                about = message.get("data") if isinstance(message, dict) else None
                 if isinstance(about, dict):  # custom nodes send what they like
                     self._tell_job(message, about.get("prompt_id", ""))
         raise ConnectionError("ComfyUI closed the websocket")
@@ -557,6 +557,7 @@ class ComfyUI:
         alarm = threading.Timer(limit or threading.TIMEOUT_MAX, job.stop, [late])
         alarm.daemon = True
         self._job = job
+        entry = None
         try:
             if limit:
                 alarm.start()
@@ -565,11 +566,10 @@ class ComfyUI:
                 if entry := self._wait(job):
                     return entry
                 log.warning("job %s: ComfyUI has lost its prompt", job.request_id)
-        except JobError:
-            self._stop_prompt(job)
-            raise
         finally:
             alarm.cancel()
+            if not entry:
+                self._stop_prompt(job)
             self._job = None
         raise JobError(502, "comfyui_lost", "ComfyUI died twice under this job: it may be the job that kills it")
 
@@ -590,7 +590,7 @@ class ComfyUI:
         if status != 200 or not answer or answer.get("prompt_id") != job.prompt_id:
             raise JobError(502, "comfyui_error", f"ComfyUI answered POST /prompt with {status}; its log may say why")
         if answer.get("node_errors"):
-            dropped = "; ".join(self._complaints(answer["node_errors"], job.workflow))
+            dropped = scrub("; ".join(self._complaints(answer["node_errors"], job.workflow)))
             job.warnings.append(f"ComfyUI dropped the outputs that depend on invalid nodes: {dropped}")
 
     def _wait(self, job: Job) -> dict[str, Any] | None:
@@ -859,7 +859,7 @@ class Delivery:
                 client.upload_fileobj(file, *where.values(), {"ContentType": output["mimetype"]}, Config=config)
             expires = self._settings.s3_url_expires
             output["url"] = client.generate_presigned_url("get_object", Params=where, ExpiresIn=expires)
-        except (BotoCoreError, ClientError) as error:
+        except (BotoCoreError, ClientError, KeyError) as error:  # KeyError: of an answer that is no S3's
             output["upload_error"] = _without_keys(str(error), target)
 
     def _embed(self, output: Output, wanted: bool) -> None:
@@ -876,8 +876,9 @@ class Delivery:
     def _find(self, output: Output) -> None:
         folder = pathlib.Path(self._settings.comfyui_install_path).absolute() / output["type"]
         path = folder / output["subfolder"] / output["filename"]
-        if self._settings.comfyui_install_path and path.is_file():
-            output["local_path"] = str(path)
+        with contextlib.suppress(OSError):  # of a folder that the worker may not enter
+            if self._settings.comfyui_install_path and path.is_file():
+                output["local_path"] = str(path)
 
 
 @functools.lru_cache(maxsize=32)  # making a client takes 100 ms; threads can share it
@@ -938,7 +939,7 @@ def post_webhook(webhook: Webhook, message_id: str, body: bytes) -> str:
     except urllib.error.HTTPError as error:
         error.close()
         return "failed" if error.code in (408, 429) or error.code >= 500 else "refused"
-    except CONNECTION_LOST:
+    except (*CONNECTION_LOST, UnicodeError):  # of a name that cannot be looked up
         return "failed"
 
 
@@ -1129,7 +1130,7 @@ class Worker:
 
     def _run(self, job: Job) -> JobError | None:
         with self._clients.watch(job), self._line.turn(job), job.timed("generation_ms"):
-            job.entry = self.comfyui.run(job)
+            job.entry = _without_key(self.comfyui.run(job), job.comfy_org_api_key)
         with job.timed("postprocess_ms"):
             undelivered = self._delivery.deliver(job, read_outputs(job.entry, job.workflow))
         return failure(job.entry) or undelivered
@@ -1189,6 +1190,12 @@ class Worker:
             running.stop(JobError(499, "cancelled", "the worker had to stop before the job ended"))
             self.under_way.wait(2 * INTERRUPT_SECONDS)
         log.info("stopped with %d requests and webhooks under way", self.under_way.count)
+
+
+def _without_key(entry: dict[str, Any], key: str) -> dict[str, Any]:
+    """The history entry without the key that partner nodes were given, which they may name as they like."""
+    words = json.dumps(key)[1:-1]
+    return dict(json.loads(json.dumps(entry).replace(words, "***"))) if words else entry
 
 
 def load_modifiers() -> Any:
@@ -1269,7 +1276,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if path == "/health":
             return worker.health()
         wanted, given = f"Bearer {worker.settings.auth_token}", self.headers.get("Authorization", "")
-        if worker.settings.auth_token and not hmac.compare_digest(wanted.encode(), given.encode()):
+        if worker.settings.auth_token and not hmac.compare_digest(wanted.encode(), given.encode("latin-1")):
             raise JobError(401, "unauthorized", "this worker needs the header 'Authorization: Bearer …' with its token")
         wants_response = self.headers.get("X-Include-ComfyUI-Response") in ("1", "true")
         included = wants_response or worker.settings.include_comfyui_response
@@ -1403,7 +1410,8 @@ def _warn(settings: Settings) -> None:
 
 
 def _stop(server: Server, number: int, frame: Any) -> None:
-    signal.signal(number, lambda *_: os._exit(1))
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda *_: os._exit(1))
 
     def stop() -> None:
         server.worker.stop()

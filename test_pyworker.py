@@ -1120,7 +1120,7 @@ def running_prompts(comfyui_url: str) -> list[str]:
 UNREADABLE = [
     ({"PORT": "abc"}, "PORT has to be a whole number"),
     ({"PORT": "70000"}, "PORT has to be 0 to 65535"),
-    ({"JOB_TIMEOUT": "-1"}, "JOB_TIMEOUT has to be 0 or more"),
+    ({"JOB_TIMEOUT": "-1"}, "JOB_TIMEOUT has to be 0 to 10000000"),
     ({"JOB_TIMEOUT": "nan"}, "JOB_TIMEOUT has to be a number"),
     ({"S3_URL_EXPIRES": "604801"}, "S3_URL_EXPIRES has to be 1 to 604800"),
     ({"INCLUDE_COMFYUI_RESPONSE": "maybe"}, "INCLUDE_COMFYUI_RESPONSE has to be true or false"),
@@ -1413,6 +1413,12 @@ def test_a_node_that_raises_is_named_without_paths_and_traceback(worker: Worker)
     assert "'broken.png'" in answer.error["exception_message"]
     assert answer.json["comfyui_response"]["status"]["status_str"] == "error"
     assert "traceback" not in answer.body.decode() and os.environ["COMFYUI_INPUT"] not in answer.body.decode()
+
+
+def test_the_key_of_partner_nodes_is_in_no_answer() -> None:
+    entry = {"a": [{"current_inputs": {"comfy_api_key": ['a "secret" key']}}], "text": 'with a "secret" key'}
+    assert "secret" not in json.dumps(pyworker._without_key(entry, 'a "secret" key'))
+    assert pyworker._without_key(entry, "") == entry
 
 
 def test_out_of_memory_is_told_apart() -> None:
