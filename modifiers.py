@@ -32,8 +32,8 @@ class Context(Protocol):
     settings: Any
     """The worker's environment variables, by their names in lower case: settings.default_checkpoint"""
 
-    def models(self, folder: str) -> list[str]:
-        """The model files that ComfyUI lists in a folder: models("checkpoints"), models("loras"), …"""
+    def choices(self, class_type: str, name: str) -> list[str]:
+        """What ComfyUI offers for an input of a node: choices("LoraLoader", "lora_name")"""
 
 
 class InvalidModification(ValueError):
@@ -189,7 +189,7 @@ def _default_checkpoint(context: Context) -> str:
     chosen: str = context.settings.default_checkpoint
     if chosen:
         return chosen
-    installed = context.models("checkpoints")
+    installed = context.choices("CheckpointLoaderSimple", "ckpt_name")
     if not installed:
         raise InvalidModification(
             "ComfyUI has no checkpoint: put one (a .safetensors file) into its folder models/checkpoints"

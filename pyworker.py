@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import argparse
 import base64
-import collections
 import contextlib
 import functools
 import hmac
 import http.client
 import http.server
 import importlib
+import io
 import json
 import logging
 import os
@@ -40,16 +40,13 @@ import select
 import signal
 import socket
 import socketserver
-import ssl
 import sys
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 try:
@@ -65,8 +62,6 @@ log = logging.getLogger("pyworker")
 Graph = dict[str, dict[str, Any]]  # ComfyUI's API format: node id -> {"class_type": …, "inputs": {…}}
 Output = dict[str, Any]  # one entry of an answer's "output"
 Message = dict[str, Any]  # one websocket message: {"type": …, "data": {…}}
-Url = str
-SigningKey = bytes  # of a webhook
 
 # What a connection that cannot be made, or breaks, raises in urllib, http.client and socket alike.
 CONNECTION_LOST = (OSError, http.client.HTTPException)
@@ -74,102 +69,56 @@ CONNECTION_LOST = (OSError, http.client.HTTPException)
 
 # Settings #############################################################################################################
 
-
-def _setting(default: Any, text: str, low: float = 0, high: float = float("inf")) -> Any:
-    return field(default=default, metadata={"help": text, "low": low, "high": high})
+Reader = Callable[[Any], Any]  # checks one value and returns what it means; its ValueError says what it has to be
 
 
-@dataclass(frozen=True, repr=False)  # it holds secrets
-class Settings:
-    """The environment, read once. A field's variable is its name in upper case; durations are in seconds."""
-
-    worker_host: str = _setting("127.0.0.1", "address to listen on")
-    port: int = _setting(8000, "port to listen on", high=65535)
-    comfyui_api_base: Url = _setting("http://127.0.0.1:8188", "where ComfyUI answers")
-    comfyui_install_path: str = _setting("", "ComfyUI's folder; set, an answer shows each file's local_path")
-    comfyui_return_timeout: float = _setting(120.0, "seconds that a ComfyUI gone under a job may stay away", high=10**7)
-    auth_token: str = _setting("", "what clients have to send as 'Authorization: Bearer …'")
-    max_queue_size: int = _setting(100, "jobs that may wait for the GPU; the next one gets 503")
-    max_body_bytes: int = _setting(64 << 20, "largest request body")
-    output_base64_max_bytes: int = _setting(64 << 20, "largest file that an answer carries as base64")
-    job_timeout: float = _setting(0.0, "seconds that a job may take on the GPU; 0: no limit", high=10**7)
-    shutdown_grace: float = _setting(300.0, "seconds that SIGTERM gives the running job and owed webhooks", high=10**7)
-    s3_access_key_id: str = _setting("", "S3 key; with neither key set, boto3's own chain is used")
-    s3_secret_access_key: str = _setting("", "its secret")
-    s3_bucket_name: str = _setting("", "bucket; naming one turns S3 on")
-    s3_endpoint_url: Url = _setting("", "S3 server; empty: AWS")
-    s3_region: str = _setting("", "its region")
-    s3_prefix: str = _setting("", "put before every S3 key")
-    s3_connect_timeout: float = _setting(60.0, "seconds until a connection to S3 counts as failed", 0.001, 3600)
-    s3_connect_attempts: int = _setting(3, "tries of each S3 request, the first one included", low=1)
-    s3_url_expires: int = _setting(604800, "seconds that a presigned URL is valid", low=1, high=604800)
-    webhook_url: Url = _setting("", "gets a POST for every job that ends")
-    webhook_timeout: float = _setting(30.0, "seconds until a webhook's receiver counts as silent", 0.001, 3600)
-    webhook_secret: SigningKey = _setting(b"", "signs what goes to WEBHOOK_URL: whsec_ and base64")
-    default_checkpoint: str = _setting("", "Text2Image's checkpoint; empty: the first one that ComfyUI lists")
-    include_comfyui_response: bool = _setting(False, "put ComfyUI's history entry into every answer")
-    comfy_org_api_key: str = _setting("", "passed on to ComfyUI for its partner nodes")
-
-    @classmethod
-    def read(cls, environ: Mapping[str, str]) -> Settings:
-        """Reads and checks the environment; ValueError names the variable at fault, never a secret's value."""
-        values = {}
-        for each in fields(cls):
-            variable = each.name.upper()
-            if text := environ.get(variable, "").strip():
-                values[each.name] = value = named(variable, ENVIRONMENT_READERS[str(each.type)], _from_text(each, text))
-                low, high = each.metadata["low"], each.metadata["high"]
-                if isinstance(value, (int, float)) and not low <= value <= high:  # not for NaN either
-                    raise ValueError(
-                        f"{variable} has to be {low:g} " + ("or more" if high == float("inf") else f"to {high}")
-                    )
-        settings = cls(**values)
-        if bool(settings.s3_access_key_id) != bool(settings.s3_secret_access_key):
-            raise ValueError("S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY come in pairs: set both or neither")
-        return settings
+BLANK: tuple[Any, ...] = ("", {}, None)  # what templates leave in a field that is not filled in
 
 
-def _from_text(setting: Field[Any], text: str) -> Any:
-    """A number or a truth value as JSON has it; the text itself where it is none, for the reader to refuse."""
-    with contextlib.suppress(ValueError):
-        return json.loads(text.lower()) if setting.type in ("int", "float", "bool") else text
-    return text
+def reader(words: str, fits: Callable[[Any], Any]) -> Reader:
+    """Makes a reader that takes what fits, as it is."""
 
-
-def named(name: str, read: Callable[[Any], Any], value: Any) -> Any:
-    """What `read` makes of the value; its ValueError gets the name before it."""
-    try:
-        return read(value)
-    except ValueError as error:
-        raise ValueError(f"{name} {error}") from None
-
-
-def _typed(kind: Any, words: str) -> Callable[[Any], Any]:
     def read(value: Any) -> Any:
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        if not fits(value):
             raise ValueError(f"has to be {words}")
         return value
 
     return read
 
 
-def read_plain(text: Any) -> str:
-    """What can go into an HTTP header."""
-    if not isinstance(text, str) or not re.fullmatch(r"[!-~]+", text):
-        raise ValueError("has to be a string in plain ASCII, without spaces")
-    return text
+def number(low: float, high: float, *kinds: type) -> Reader:
+    """Makes a reader of numbers in that range; without bool, which is a kind of int in Python."""
+    words = f"a {'number' if float in kinds else 'whole number'} from {low:g} to {high}"
+    return reader(words, lambda value: type(value) in kinds and low <= value <= high)
 
 
-def read_url(text: Any) -> Url:
-    """An http(s) URL; http.client refuses spaces, control and non-ASCII characters when it is too late to say so."""
+def matching(pattern: str, words: str) -> Reader:
+    """Makes a reader of strings that match the pattern as a whole."""
+    return reader(words, lambda value: isinstance(value, str) and re.fullmatch(pattern, value))
+
+
+def read_fields(given: Mapping[str, Any], readers: Mapping[str, Reader], prefix: str = "") -> dict[str, Any]:
+    """What each reader makes of its field; blank fields count as absent. ValueError names the field at fault."""
+    values = {}
+    for name, read in readers.items():
+        try:
+            if given.get(name) not in BLANK:
+                values[name] = read(given[name])
+        except ValueError as error:
+            raise ValueError(f"{prefix}{name} {error}") from None
+    return values
+
+
+def is_url(text: Any) -> bool:
+    """Whether it is an http(s) URL that http.client will take: without spaces, control and non-ASCII characters."""
     with contextlib.suppress(ValueError):  # of a port that is none, or a bracket without its twin
         parts = urllib.parse.urlsplit(text if isinstance(text, str) else "")
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and re.fullmatch(r"[!-~]+", text):
-            return str(text)
-    raise ValueError("has to be an http:// or https:// URL in plain ASCII, such as https://example.com/path")
+        is_web = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        return bool(is_web and re.fullmatch(r"[!-~]+", text))
+    return False
 
 
-def read_signing_key(secret: Any) -> SigningKey:
+def read_signing_key(secret: Any) -> bytes:
     """The bytes of a Standard Webhooks secret."""
     with contextlib.suppress(ValueError):
         key = base64.b64decode(secret[6:], validate=True) if isinstance(secret, str) else b""
@@ -178,17 +127,74 @@ def read_signing_key(secret: Any) -> SigningKey:
     raise ValueError("has to be 'whsec_' and base64, as the Standard Webhooks specification has it")
 
 
-_string = _typed(str, "a string")
-_flag = _typed(bool, "true or false")
-_number = _typed((int, float), "a number")
-ENVIRONMENT_READERS: dict[str, Callable[[Any], Any]] = {
-    "str": _string,
-    "int": _typed(int, "a whole number"),
-    "float": _number,
-    "bool": _flag,
-    "Url": read_url,
-    "SigningKey": read_signing_key,
-}
+read_text = matching(r"(?s:.*)", "a string")
+read_plain = matching(r"[!-~]+", "a string in plain ASCII, without spaces")
+read_flag = reader("true or false", lambda value: isinstance(value, bool))
+read_object = reader("an object", lambda value: isinstance(value, dict))
+read_url = reader("an http:// or https:// URL in plain ASCII, such as https://example.com/path", is_url)
+read_count = number(0, 2**53, int)  # beyond, JSON's numbers are no longer exact
+read_seconds = number(0, 10**7, int, float)  # 115 days: threads cannot wait much longer
+read_timeout = number(0.001, 3600, int, float)
+
+
+def _setting(default: Any, read: Reader, text: str) -> Any:
+    return field(default=default, metadata={"read": read, "help": text})
+
+
+@dataclass(frozen=True, repr=False)  # it holds secrets
+class Settings:
+    """The environment, read once. A field's variable is its name in upper case; durations are in seconds."""
+
+    worker_host: str = _setting("127.0.0.1", read_text, "address to listen on")
+    port: int = _setting(8000, number(0, 65535, int), "port to listen on")
+    comfyui_api_base: str = _setting("http://127.0.0.1:8188", read_url, "where ComfyUI answers")
+    comfyui_install_path: str = _setting("", read_text, "ComfyUI's folder; set, an answer shows each file's local_path")
+    comfyui_return_timeout: float = _setting(120.0, read_seconds, "seconds that ComfyUI may stay away under a job")
+    auth_token: str = _setting("", read_text, "what clients have to send as 'Authorization: Bearer …'")
+    max_queue_size: int = _setting(100, read_count, "jobs that may wait for the GPU; the next one gets 503")
+    max_body_bytes: int = _setting(64 << 20, read_count, "largest request body")
+    output_base64_max_bytes: int = _setting(64 << 20, read_count, "largest file that an answer carries as base64")
+    job_timeout: float = _setting(0.0, read_seconds, "seconds that a job may take on the GPU; 0: no limit")
+    shutdown_grace: float = _setting(300.0, read_seconds, "seconds that SIGTERM leaves a running job and webhooks")
+    s3_access_key_id: str = _setting("", read_plain, "S3 key; with neither key set, boto3's own chain is used")
+    s3_secret_access_key: str = _setting("", read_plain, "its secret")
+    s3_bucket_name: str = _setting("", read_plain, "bucket; naming one turns S3 on")
+    s3_endpoint_url: str = _setting("", read_url, "S3 server; empty: AWS")
+    s3_region: str = _setting("", read_plain, "its region")
+    s3_prefix: str = _setting("", read_text, "put before every S3 key")
+    s3_connect_timeout: float = _setting(60.0, read_timeout, "seconds until a connection to S3 counts as failed")
+    s3_connect_attempts: int = _setting(3, number(1, 1000, int), "tries of each S3 request, the first one included")
+    s3_url_expires: int = _setting(604800, number(1, 604800, int), "seconds that a presigned URL is valid")
+    webhook_url: str = _setting("", read_url, "gets a POST for every job that ends")
+    webhook_timeout: float = _setting(30.0, read_timeout, "seconds until a webhook's receiver counts as silent")
+    webhook_secret: bytes = _setting(b"", read_signing_key, "signs what goes to WEBHOOK_URL: whsec_ and base64")
+    default_checkpoint: str = _setting("", read_text, "Text2Image's checkpoint; empty: the first that ComfyUI lists")
+    include_comfyui_response: bool = _setting(False, read_flag, "put ComfyUI's history entry into every answer")
+    comfy_org_api_key: str = _setting("", read_text, "passed on to ComfyUI for its partner nodes")
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> Settings:
+        """Reads and checks the environment; ValueError names the variable at fault, never a secret's value."""
+        rows = {each.name.upper(): each for each in fields(cls)}
+        given = {name: _from_text(environ.get(name, "").strip(), each.default) for name, each in rows.items()}
+        values = read_fields(given, {name: each.metadata["read"] for name, each in rows.items()})
+        settings = cls(**{name.lower(): value for name, value in values.items()})
+        if bool(settings.s3_access_key_id) != bool(settings.s3_secret_access_key):
+            raise ValueError("S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY come in pairs: set both or neither")
+        return settings
+
+    def without_keys(self, text: str) -> str:
+        """The text, S3's keys blotted out."""
+        for key in filter(None, (self.s3_secret_access_key, self.s3_access_key_id)):
+            text = text.replace(key, "***")
+        return text
+
+
+def _from_text(text: str, default: Any) -> Any:
+    """The number or truth value that the text is, as JSON has it, where the default is one; else the text itself."""
+    with contextlib.suppress(ValueError):  # the reader refuses it
+        return json.loads(text.lower()) if isinstance(default, (int, float)) else text
+    return text
 
 
 # Errors ###############################################################################################################
@@ -218,12 +224,6 @@ MAX_JSON_DEPTH = 100  # ComfyUI's own graphs nest 5 deep; deeper ones only serve
 TIMINGS = ("queue_ms", "preprocess_ms", "generation_ms", "postprocess_ms")
 
 
-# Where a job's files go; both keys are empty where boto3's own chain (instance role, shared file) is to serve.
-S3Target = collections.namedtuple("S3Target", "access_key_id secret_access_key endpoint_url bucket_name region")
-# Who is told when a job ends; timeout in seconds, and without a key (bytes) the message is not signed.
-Webhook = collections.namedtuple("Webhook", "url extra_params timeout key")
-
-
 @dataclass(repr=False)
 class Job:
     """A request on its way to its answer: checked, so that nothing downstream has to check it again."""
@@ -232,17 +232,16 @@ class Job:
     modifier: str = ""
     modifications: dict[str, Any] = field(default_factory=dict)
     workflow: Graph = field(default_factory=dict)  # empty until the modifier has built it
-    s3: S3Target | None = None
-    webhook: Webhook | None = None
+    settings: Settings = field(default_factory=Settings)  # the operator's, under what the request says of its own
+    extra_params: dict[str, Any] = field(default_factory=dict)  # of the webhook
     as_base64: bool = False
-    comfy_org_api_key: str = ""
-    include_comfyui_response: bool = False
     connection: socket.socket | None = None  # of its client
     prompt_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     received_at: float = field(default_factory=time.time)
     timings: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMINGS, 0.0))  # milliseconds
     # what a waiting or running job has to hear: its turn, ComfyUI's messages, a lost connection, an order to stop
     inbox: queue.SimpleQueue[Message] = field(default_factory=queue.SimpleQueue)
+    has_turn: bool = False  # on the GPU
     was_accepted: bool = False  # its request was in order and it found a place in the queue: its webhook is owed
     entry: dict[str, Any] = field(default_factory=dict)  # of ComfyUI's history
     outputs: list[Output] = field(default_factory=list)
@@ -308,11 +307,9 @@ def invalid(message: str, type: str = "invalid_request", **details: Any) -> JobE
     return JobError(400, type, message, **details)
 
 
-def read_request_id(value: Any) -> str:
-    """The request's own id, which becomes a part of an S3 key."""
-    if not isinstance(value, str) or not re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,128}", value):
-        raise ValueError("has to be a string of 1 to 128 characters out of A-Z a-z 0-9 . _ - and not start with a dot")
-    return value
+read_request_id = matching(  # it becomes a part of an S3 key
+    r"(?!\.)[A-Za-z0-9._-]{1,128}", "a string of 1 to 128 characters out of A-Z a-z 0-9 . _ - and not start with a dot"
+)
 
 
 def read_graph(graph: Any) -> Graph:
@@ -343,85 +340,114 @@ def fill_random(value: Any) -> Any:
     return value
 
 
-_object = _typed(dict, "an object")
-Table = dict[str, Callable[[Any], Any]]
-INPUT_FIELDS: Table = {
+INPUT_FIELDS: dict[str, Reader] = {
     "request_id": read_request_id,
-    "modifier": _string,
-    "modifications": lambda value: fill_random(_object(value)),
+    "modifier": read_text,
+    "modifications": lambda value: fill_random(read_object(value)),
     "workflow_json": read_graph,
-    "s3": _object,
-    "webhook": _object,
-    "return_outputs_as_base64": _flag,
-    "comfy_org_api_key": _string,
+    "s3": read_object,
+    "webhook": read_object,
+    "return_outputs_as_base64": read_flag,
+    "comfy_org_api_key": read_text,
 }
-S3_FIELDS: Table = {name: read_url if name == "endpoint_url" else read_plain for name in S3Target._fields}
-WEBHOOK_FIELDS: Table = {"url": read_url, "extra_params": _object, "secret": read_signing_key, "timeout": _number}
+S3_FIELDS = dict.fromkeys(("access_key_id", "secret_access_key", "bucket_name", "region"), read_plain)
+S3_FIELDS["endpoint_url"] = read_url
+WEBHOOK_FIELDS = {"url": read_url, "extra_params": read_object, "secret": read_signing_key, "timeout": read_timeout}
 
 
-def read_job(job: Job, given: dict[str, Any], settings: Settings) -> None:
+def read_job(job: Job, given: dict[str, Any]) -> None:
     """Fills the job with what a request's `input` asks for, request over environment; 400 where a rule is broken."""
     job.request_id = str(uuid.uuid4())
-    job.request_id = _read_fields(Job(), "", given, {"request_id": read_request_id}).get("request_id", job.request_id)
-    fields = _read_fields(job, "", given, INPUT_FIELDS)
-    s3 = _read_fields(job, "s3.", fields.get("s3", {}), S3_FIELDS)
-    webhook = _read_fields(job, "webhook.", fields.get("webhook", {}), WEBHOOK_FIELDS)
-    if ("modifier" in fields) == ("workflow_json" in fields):
-        given_are = "both" if "modifier" in fields else "neither"
-        raise invalid(f"give exactly one of modifier and workflow_json in input; {given_are} is given")
-    if "modifications" in fields and "modifier" not in fields:
-        raise invalid("modifications go with a modifier; with workflow_json, put the values into the workflow itself")
-    job.modifier, job.modifications = fields.get("modifier", ""), fields.get("modifications", {})
-    job.workflow = fields.get("workflow_json", {})
-    job.comfy_org_api_key = fields.get("comfy_org_api_key", settings.comfy_org_api_key)
-    job.s3 = _read_s3(s3, settings)
-    job.webhook = _read_webhook(webhook, settings)
-    if webhook and not job.webhook:
-        job.warnings.append("no webhook is sent: neither webhook.url nor WEBHOOK_URL is set")
-    job.as_base64 = fields.get("return_outputs_as_base64", job.s3 is None)
-
-
-def _read_fields(job: Job, prefix: str, raw: dict[str, Any], table: Table) -> dict[str, Any]:
-    """The fields that are given, each read. Blank ones count as absent: clients send whole templates with blanks."""
-    given = {name: value for name, value in raw.items() if value not in ("", {}, None)}
-    unknown = [name for name in given if name not in table]
-    job.warnings += [f"{prefix}{name:.50} is no field of a request; it was ignored" for name in unknown]
     try:
-        return {name: named(prefix + name, table[name], given[name]) for name in table if name in given}
+        job.request_id = read_fields(given, {"request_id": read_request_id}).get("request_id", job.request_id)
+        known = read_fields(given, INPUT_FIELDS)
+        s3 = read_fields(known.get("s3", {}), S3_FIELDS, "s3.")
+        webhook = read_fields(known.get("webhook", {}), WEBHOOK_FIELDS, "webhook.")
     except ValueError as error:
         raise invalid(str(error)) from None
+    if ("modifier" in known) == ("workflow_json" in known):
+        given_are = "both" if "modifier" in known else "neither"
+        raise invalid(f"give exactly one of modifier and workflow_json in input; {given_are} is given")
+    if "modifications" in known and "modifier" not in known:
+        raise invalid("modifications go with a modifier; with workflow_json, put the values into the workflow itself")
+    levels = ("", given, known), ("s3.", known.get("s3", {}), s3), ("webhook.", known.get("webhook", {}), webhook)
+    unread = [prefix + name for prefix, raw, read in levels for name in raw.keys() - read if raw[name] not in BLANK]
+    job.warnings = [f"{name:.50} is no field of a request; it was ignored" for name in sorted(unread)]
+    job.modifier, job.modifications = known.get("modifier", ""), known.get("modifications", {})
+    job.workflow = known.get("workflow_json", {})
+    job.extra_params = webhook.pop("extra_params", {})
+    job.settings = _override(job.settings, s3, webhook, known.get("comfy_org_api_key"))
+    job.as_base64 = known.get("return_outputs_as_base64", not job.settings.s3_bucket_name)
+    if (webhook or job.extra_params) and not job.settings.webhook_url:
+        job.warnings.append("no webhook is sent: neither webhook.url nor WEBHOOK_URL is set")
 
 
-def _read_s3(given: dict[str, Any], settings: Settings) -> S3Target | None:
-    """Request over environment, field by field, except that keys come in pairs and stay with their endpoint."""
-    own_keys = "access_key_id" in given
-    if own_keys != ("secret_access_key" in given):
+def _override(
+    settings: Settings, s3: dict[str, Any], webhook: dict[str, Any], comfy_org_api_key: str | None
+) -> Settings:
+    """Request over environment, field by field, except that keys come in pairs and secrets stay with their server."""
+    if ("access_key_id" in s3) != ("secret_access_key" in s3):
         raise invalid("s3.access_key_id and s3.secret_access_key come in pairs: give both or neither")
-    target = S3Target(**{name: given.get(name) or getattr(settings, f"s3_{name}") for name in S3_FIELDS})
-    if given and not target.bucket_name:
+    if webhook.get("url", settings.webhook_url) != settings.webhook_url:
+        webhook = {"secret": b"", **webhook}
+    own = {f"s3_{name}": value for name, value in s3.items()}
+    own |= {f"webhook_{name}": value for name, value in webhook.items()}
+    own |= {"comfy_org_api_key": comfy_org_api_key} if comfy_org_api_key else {}
+    mixed = replace(settings, **own)
+    if s3 and not mixed.s3_bucket_name:
         raise invalid("s3 needs a bucket: give s3.bucket_name, or set S3_BUCKET_NAME")
-    # the operator's credentials never go to an endpoint that a request chose
-    if target.endpoint_url.rstrip("/") != settings.s3_endpoint_url.rstrip("/") and not own_keys:
+    if "access_key_id" not in s3 and mixed.s3_endpoint_url.rstrip("/") != settings.s3_endpoint_url.rstrip("/"):
         raise invalid("s3.endpoint_url needs its own s3.access_key_id and s3.secret_access_key")
-    if not target.access_key_id and target.bucket_name != settings.s3_bucket_name:
+    if not mixed.s3_access_key_id and mixed.s3_bucket_name != settings.s3_bucket_name:
         raise invalid("s3.bucket_name needs s3.access_key_id and s3.secret_access_key: this worker has no keys for it")
-    return target if target.bucket_name else None
-
-
-def _read_webhook(given: dict[str, Any], settings: Settings) -> Webhook | None:
-    url = given.get("url", settings.webhook_url)
-    timeout = given.get("timeout", settings.webhook_timeout)
-    if not 0 < timeout <= 3600:
-        raise invalid("webhook.timeout has to be more than 0 and at most 3600 seconds")
-    # the operator's secret signs only what goes to the operator's receiver
-    key = given.get("secret", settings.webhook_secret if url == settings.webhook_url else b"")
-    return Webhook(url, given.get("extra_params", {}), timeout, key) if url else None
+    return mixed
 
 
 def seeds(graph: Graph) -> dict[str, int]:
     """Each node's literal seed, as it is run, by node id."""
     found = {id: node["inputs"].get("seed", node["inputs"].get("noise_seed")) for id, node in graph.items()}
     return {id: seed for id, seed in found.items() if isinstance(seed, int)}
+
+
+# Addresses ############################################################################################################
+
+
+class WholeResponse(http.client.HTTPResponse):
+    """One that notices when its body is cut short, which `read` with a size ends in silence otherwise."""
+
+    def read(self, amt: int | None = None) -> bytes:
+        """At most `amt` bytes, or all that is left; raises ConnectionError or http.client.IncompleteRead."""
+        chunk = super().read(amt)
+        if amt is not None and len(chunk) < amt and self.length:
+            raise ConnectionError(f"the answer ended {self.length} bytes early")
+        return chunk
+
+
+def connect(url: str, seconds: float) -> http.client.HTTPConnection:
+    """A connection to the URL's server, made directly, whatever proxy the environment names; raises CONNECTION_LOST."""
+    parts = urllib.parse.urlsplit(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(parts.hostname or "", parts.port, timeout=seconds)
+    connection.response_class = WholeResponse
+    connection.connect()
+    return connection
+
+
+@contextlib.contextmanager
+def request(url: str, json: bytes | None, seconds: float, **headers: str) -> Iterator[http.client.HTTPResponse]:
+    """The answer to a GET, or where there is JSON a POST, whatever its status; redirects are not followed."""
+    parts = urllib.parse.urlsplit(url)
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    body = None
+    if json is not None:  # sent in pieces: a time-out covers all that is sent at once
+        body, headers = (
+            io.BytesIO(json),
+            {**headers, "Content-Type": "application/json", "Content-Length": str(len(json))},
+        )
+    with contextlib.closing(connect(url, seconds)) as connection:
+        connection.request("GET" if body is None else "POST", path, body, headers)
+        with connection.getresponse() as response:
+            yield response
 
 
 # ComfyUI ##############################################################################################################
@@ -434,9 +460,20 @@ FLAP_SECONDS = 10  # a failure shorter than this is not worth taking a worker ou
 RECONNECT_SECONDS = 0.5
 SILENCE_SECONDS = 10  # without a message for so long, history and queue are looked up
 LOOK_UP_SECONDS = 1  # between look-ups of a prompt that no connection tells about
-INTERRUPT_SECONDS = 10  # for an interrupted prompt to leave the GPU: ComfyUI acts between nodes and sampler steps
+FAULT = re.compile(  # what PyTorch says of errors that cost a process its GPU; out of memory is none of them
+    r"(CUDA|HIP) error: (an illegal|device-side assert|unspecified launch|misaligned|invalid program counter|the launch|"
+    r"hardware stack|uncorrectable|operation not supported on global|unknown)|\w+ error: \w+_STATUS_EXECUTION_FAILED"
+)
 
-_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+@contextlib.contextmanager
+def understanding() -> Iterator[None]:
+    """Turns what reading an answer of unknown shape raises into the 502 comfyui_error."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        log.exception("ComfyUI answered with something that cannot be used")
+        raise JobError(502, "comfyui_error", "ComfyUI answered with something that cannot be used") from None
 
 
 class ComfyUI:
@@ -445,46 +482,45 @@ class ComfyUI:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.url = settings.comfyui_api_base.rstrip("/")
+        self._about: dict[str, Any] = {"url": self.url, "version": None, "device": None, "vram_free": None}
         self._socket: websocket.WebSocket | None = None
         self._client_id = ""  # of the websocket's connection; empty while there is none
         self._job: Job | None = None
         self._was_up = False
         self._failing_since = 0.0  # 0: it is in order
-        self._stats: dict[str, Any] = {}
+        self._fault = ""  # the prompt that broke the GPU
         self._probed_at = float("-inf")
         self._probing = threading.Lock()
 
     # what the platform asks
 
     def state(self) -> str:
-        """'starting', 'ready' or 'unreachable', from what is known: nothing is asked."""
-        if not self._was_up:
-            return "starting"
+        """'starting', 'ready', 'unreachable' or 'faulted', from what is known: nothing is asked."""
+        if not self._was_up or self._fault:
+            return "faulted" if self._fault else "starting"
         # a job that runs on a live websocket is proof enough
         is_failing = self._failing_since and not (self._job and self._client_id)
         return "unreachable" if is_failing and time.monotonic() - self._failing_since > FLAP_SECONDS else "ready"
 
     def describe(self) -> dict[str, Any]:
         """url, version, device and vram_free (bytes), asked for once a second at most, for all who probe."""
-        self._probe()
-        device = (self._stats.get("devices") or [{}])[0]
-        version = self._stats.get("system", {}).get("comfyui_version")
-        return {"url": self.url, "version": version, "device": device.get("name"), "vram_free": device.get("vram_free")}
-
-    def _probe(self) -> None:
         with self._probing:
             if time.monotonic() - self._probed_at < PROBE_EVERY_SECONDS:
-                return
+                return self._about
             try:
-                self._stats = self._get("/system_stats", PROBE_SECONDS)
+                self._ask_about(PROBE_SECONDS)
                 self._failing_since = 0 if self._client_id else self._failing_since
             except (*CONNECTION_LOST, JobError):
                 self._failing_since = self._failing_since or time.monotonic()
             self._probed_at = time.monotonic()
+        return self._about
 
-    def models(self, folder: str) -> list[str]:
-        """The model files that ComfyUI lists in that folder: 'checkpoints', 'loras', …"""
-        return list(self._get(f"/models/{urllib.parse.quote(folder, safe='')}"))
+    def _ask_about(self, seconds: float) -> None:
+        stats = self._get("/system_stats", seconds)
+        with understanding():
+            version, device = stats["system"].get("comfyui_version"), stats["devices"][0]
+            about = {"version": version, "device": device.get("name"), "vram_free": device.get("vram_free")}
+        self._about = {"url": self.url, **about}
 
     def clear_cache(self) -> None:
         """Has ComfyUI forget what it has made, and unload its models."""
@@ -517,28 +553,22 @@ class ComfyUI:
 
     def _connect(self) -> websocket.WebSocket:
         """Opens a connection with an id of its own: ComfyUI can silence a second one with the id of a lost first."""
-        self._stats = self._get("/system_stats")
-        client_id = uuid.uuid4().hex
-        url = urllib.parse.urlsplit(self.url)
-        raw = socket.create_connection((url.hostname, url.port or {"http": 80, "https": 443}[url.scheme]), HTTP_SECONDS)
-        if url.scheme == "https":
-            raw = ssl.create_default_context().wrap_socket(raw, server_hostname=url.hostname)
-        # websocket-client takes a proxy from the environment unless it is handed a connected socket
+        self._ask_about(HTTP_SECONDS)
+        version, client_id = str(self._about["version"]), uuid.uuid4().hex
         address = f"ws{self.url[4:]}/ws?clientId={client_id}"
-        self._socket = websocket.create_connection(address, socket=raw, skip_utf8_validation=True, suppress_origin=True)
-        self._socket.recv()  # ComfyUI knows the client id once it has sent its first status
-        self._socket.settimeout(None)
-        self._client_id, self._was_up = client_id, True
-        self._failing_since = 0
+        # websocket-client takes a proxy from the environment unless it is handed a connected socket
+        raw = connect(self.url, HTTP_SECONDS).sock
+        made = websocket.create_connection(address, socket=raw, skip_utf8_validation=True, suppress_origin=True)
+        made.recv()  # ComfyUI knows the client id once it has sent its first status
+        made.settimeout(None)
+        if self._fault and not self._get(f"/history/{self._fault}"):  # it has restarted
+            self._fault = ""
+        self._socket, self._client_id, self._was_up, self._failing_since = made, client_id, True, 0
         self._tell_job({"type": "connected"})
-        self._announce()
-        return self._socket
-
-    def _announce(self) -> None:
-        about = self.describe()
-        log.info("connected to ComfyUI %s on %s at %s", about["version"], about["device"], self.url)
-        if [int(part) for part in re.findall(r"\d+", str(about["version"]))[:3]] < [*OLDEST_COMFYUI]:
+        log.info("connected to ComfyUI %s on %s at %s", version, self._about["device"], self.url)
+        if [int(part) for part in re.findall(r"\d+", version)[:3]] < [*OLDEST_COMFYUI]:
             log.error("this ComfyUI is too old: update it to 0.3.45 or later, which lets a caller choose the prompt id")
+        return made
 
     def _tell_job(self, message: Message, prompt_id: str | None = None) -> None:
         job = self._job
@@ -552,59 +582,63 @@ class ComfyUI:
 
         Raises JobError: workflow_rejected, timeout, cancelled, comfyui_lost, comfyui_error, or the error of `job.stop`.
         """
-        limit = self.settings.job_timeout
-        late = JobError(504, "timeout", f"the job took more than the {limit:g} s of JOB_TIMEOUT; it was interrupted")
-        alarm = threading.Timer(limit or threading.TIMEOUT_MAX, job.stop, [late])
-        alarm.daemon = True
         self._job = job
-        entry = None
         try:
-            if limit:
-                alarm.start()
             for _ in range(2):
                 self._submit(job)
                 if entry := self._wait(job):
+                    error = failure(entry)
+                    if error and FAULT.match(error.details.get("exception_message", "")):
+                        log.error("job %s has broken the GPU; nothing runs until ComfyUI restarts", job.request_id)
+                        self._fault, self._failing_since = job.prompt_id, time.monotonic()
                     return entry
                 log.warning("job %s: ComfyUI has lost its prompt", job.request_id)
-        finally:
-            alarm.cancel()
-            if not entry:
+        except JobError as error:
+            if error.type != "workflow_rejected":
                 self._stop_prompt(job)
+            raise
+        finally:
             self._job = None
         raise JobError(502, "comfyui_lost", "ComfyUI died twice under this job: it may be the job that kills it")
 
     def _submit(self, job: Job) -> None:
-        """Posts the prompt once there is a connection that will hear of it."""
-        while not self._client_id:
+        """Posts the prompt once there is a connection that will hear of it, and a GPU that works."""
+        while not self._client_id or self._fault:
             job.next_message(self._patience())  # "connected", perhaps
-        body: dict[str, Any] = {"prompt": job.workflow, "prompt_id": job.prompt_id, "client_id": self._client_id}
-        if job.comfy_org_api_key:
-            body["extra_data"] = {"api_key_comfy_org": job.comfy_org_api_key}
+        key = {"api_key_comfy_org": job.settings.comfy_org_api_key} if job.settings.comfy_org_api_key else {}
+        about = {"prompt_id": job.prompt_id, "client_id": self._client_id, "extra_data": key}
         try:
-            status, answer = self._exchange("/prompt", body)
+            status, answer = self._exchange("/prompt", {"prompt": job.workflow, **about})
         except CONNECTION_LOST:  # nobody knows whether it was taken
             job.inbox.put({"type": "connection_lost"})
             return
-        if status == 400 and answer:
-            raise self._rejection(answer, job.workflow)
-        if status != 200 or not answer or answer.get("prompt_id") != job.prompt_id:
-            raise JobError(502, "comfyui_error", f"ComfyUI answered POST /prompt with {status}; its log may say why")
-        if answer.get("node_errors"):
-            dropped = scrub("; ".join(self._complaints(answer["node_errors"], job.workflow)))
-            job.warnings.append(f"ComfyUI dropped the outputs that depend on invalid nodes: {dropped}")
+        with understanding():
+            if status == 400:
+                raise self._rejection(answer["error"], answer.get("node_errors") or {}, job.workflow)
+            if status != 200 or answer["prompt_id"] != job.prompt_id:
+                raise JobError(502, "comfyui_error", f"ComfyUI answered POST /prompt with {status}; see its log")
+            if answer.get("node_errors"):
+                dropped = self._complaints(answer["node_errors"], job.workflow)
+                job.warnings.append(f"ComfyUI dropped the outputs that depend on invalid nodes: {dropped}")
 
     def _wait(self, job: Job) -> dict[str, Any] | None:
         """The prompt's history entry once it has ended; None when ComfyUI lost the prompt with its connection."""
         lost = False
+        limit = self.settings.job_timeout or threading.TIMEOUT_MAX
+        deadline = time.monotonic() + limit
         while True:
-            message = job.next_message(LOOK_UP_SECONDS if lost else SILENCE_SECONDS)
+            if (left := deadline - time.monotonic()) <= 0:
+                raise JobError(504, "timeout", f"the job took more than the {limit:g} s of JOB_TIMEOUT")
+            message = job.next_message(min(left, LOOK_UP_SECONDS if lost else SILENCE_SECONDS))
             lost = lost or message == {"type": "connection_lost"}
-            if message and not lost and not _is_end(message):
+            # it sends "node": null once a prompt has ended and its history is written
+            if message and not lost and (message["type"] != "executing" or message["data"].get("node", "") is not None):
                 continue
             try:
                 found = self._look_up(job.prompt_id)
             except CONNECTION_LOST:
                 lost = found = bool(self._patience())
+                deadline = time.monotonic() + limit  # its time on the GPU begins anew
             if isinstance(found, dict):
                 if not message and not lost and self._socket:
                     self._socket.abort()  # type: ignore[no-untyped-call]  # it kept silent about the end: another is opened
@@ -614,34 +648,26 @@ class ComfyUI:
             if not found:
                 return None
 
+    @understanding()
     def _look_up(self, prompt_id: str) -> dict[str, Any] | bool:
         """The prompt's history entry; else whether it is in the queue."""
         for _ in range(2):  # it may end between the two questions
             if entry := self._get(f"/history/{prompt_id}").get(prompt_id):
                 return dict(entry)
-            if self._is_queued(prompt_id):
+            queued = self._get("/queue")
+            if any(item[1] == prompt_id for items in queued.values() for item in items):
                 return True
         return False
 
-    def _is_queued(self, prompt_id: str, *places: str) -> bool:
-        listed = self._get("/queue")
-        return any(item[1] == prompt_id for place in places or listed for item in listed[place])
-
     def _stop_prompt(self, job: Job) -> None:
-        """Takes the prompt off ComfyUI: out of its queue, or off the GPU; waits a while for it to leave."""
+        """Takes the prompt off ComfyUI: out of its queue, or off the GPU."""
         try:
             self._exchange("/queue", {"delete": [job.prompt_id]})
             # looked up first: versions before the targeted form interrupt whoever runs
-            if not self._is_queued(job.prompt_id, "queue_running"):
-                return
-            self._exchange("/interrupt", {"prompt_id": job.prompt_id})
+            if self._look_up(job.prompt_id) is True:
+                self._exchange("/interrupt", {"prompt_id": job.prompt_id})
         except (*CONNECTION_LOST, JobError) as error:
             log.warning("job %s could not be stopped in ComfyUI: %s", job.request_id, error)
-            return
-        deadline = time.monotonic() + INTERRUPT_SECONDS
-        with contextlib.suppress(queue.Empty):
-            while not _is_end(job.inbox.get(timeout=max(0.0, deadline - time.monotonic()))):
-                pass
 
     def _patience(self) -> float:
         """The seconds that ComfyUI may still stay away; comfyui_lost when there are none left."""
@@ -654,118 +680,83 @@ class ComfyUI:
     # files
 
     @contextlib.contextmanager
-    def open(self, output: Output) -> Iterator[Download]:
+    def open(self, output: Output) -> Iterator[http.client.HTTPResponse]:
         """Opens one file that ComfyUI's history names, and notes its mimetype and size (bytes) in `output`."""
-        query = urllib.parse.urlencode({name: output[name] for name in ("filename", "subfolder", "type")})
-        with self._open(f"/view?{query}") as response:
+        query = urllib.parse.urlencode({name: output[name] for name in FILE})
+        with request(f"{self.url}/view?{query}", None, HTTP_SECONDS) as response:
             if response.status == 404:
                 raise JobError(502, "output_missing", f"{output['filename']} is no longer on ComfyUI's disk")
-            if response.status != 200:
+            if response.status != 200 or response.length is None:
                 raise JobError(502, "comfyui_error", f"ComfyUI answered {response.status} to {output['filename']}")
-            output["mimetype"] = response.headers.get_content_type()
-            output["size"] = int(response.headers["Content-Length"])
-            yield Download(response, output["size"])
+            output["mimetype"], output["size"] = response.headers.get_content_type(), response.length
+            yield response
 
     # HTTP
 
-    def _open(self, path: str, body: Any = None, seconds: float = HTTP_SECONDS) -> Any:
-        """The answer, whatever its status; raises CONNECTION_LOST."""
+    def _exchange(self, path: str, body: Any = None, seconds: float = HTTP_SECONDS) -> tuple[int, Any]:
+        """The status and the JSON body, None where it is none."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        try:
-            return _direct.open(request, timeout=seconds)
-        except urllib.error.HTTPError as error:
-            return error
+        with request(self.url + path, data, seconds) as response, contextlib.suppress(ValueError):
+            return response.status, json.load(response, parse_constant=lambda _: None)  # JSON has no NaN
+        return response.status, None
 
-    def _exchange(self, path: str, body: Any = None, seconds: float = HTTP_SECONDS) -> tuple[int, dict[str, Any]]:
-        """The status and the JSON body, {} where it is none."""
-        with self._open(path, body, seconds) as response, contextlib.suppress(ValueError):
-            return response.status, json.load(response)
-        return response.status, {}
-
-    def _get(self, path: str, seconds: float = HTTP_SECONDS) -> dict[str, Any]:
+    def _get(self, path: str, seconds: float = HTTP_SECONDS) -> Any:
         status, answer = self._exchange(path, None, seconds)
-        if status != 200:
+        if status != 200 or not isinstance(answer, dict):
             raise JobError(502, "comfyui_error", f"ComfyUI answered GET {path} with {status}; its log may say why")
         return answer
 
     # what ComfyUI says against a workflow, in words
 
-    def _rejection(self, answer: dict[str, Any], graph: Graph) -> JobError:
-        error, node_errors = answer.get("error") or {}, answer.get("node_errors") or {}
-        complaints = self._complaints(node_errors, graph) or [f"{error.get('message')} {error.get('details')}"]
-        unknown = re.fullmatch(r"Node ID '#(.*)'", str(error.get("details")))
-        if error.get("type") == "prompt_no_outputs":
-            complaints = ["it has no output node; add one that saves, such as SaveImage, and connect it"]
-        elif unknown and unknown[1] in graph:
-            class_type = graph[unknown[1]]["class_type"]
-            complaints = [f"{class_type} (node {unknown[1]}): ComfyUI has no such node; install what brings it"]
-        more = f"; and {len(complaints) - 5} more" if len(complaints) > 5 else ""
-        message = scrub(f"ComfyUI refuses the workflow: {'; '.join(complaints[:5])}{more}")
+    def _rejection(self, error: dict[str, Any], node_errors: dict[str, Any], graph: Graph) -> JobError:
+        general = scrub(f"{error['message']} {error.get('details', '')}".strip()) + HINTS.get(error["type"], "")
+        words = self._complaints(node_errors, graph) or general
+        message = f"ComfyUI refuses the workflow: {words}"
         return JobError(422, "workflow_rejected", message, node_errors=scrub(node_errors))
 
-    def _complaints(self, node_errors: dict[str, Any], graph: Graph) -> list[str]:
-        return [
-            f"{node['class_type']} (node {node_id}): {self._complaint(node['class_type'], error, graph)}"
-            for node_id, node in node_errors.items()
-            for error in node["errors"]
-        ]
+    def _complaints(self, node_errors: dict[str, Any], graph: Graph) -> str:
+        errors = [(id, node["class_type"], error) for id, node in node_errors.items() for error in node["errors"]]
+        listed = [f"{kind} (node {id}): {self._complaint(kind, error, graph)}" for id, kind, error in errors[:5]]
+        return str(scrub("; ".join(listed))) + (f"; and {len(errors) - 5} more" if len(errors) > 5 else "")
 
     def _complaint(self, class_type: str, error: dict[str, Any], graph: Graph) -> str:
-        extra, details = error.get("extra_info") or {}, str(error.get("details", ""))
-        name = extra.get("input_name", "")
-        if error["type"] == "required_input_missing":
-            return f"{name} is missing"
+        details = str(error.get("details", ""))
         if error["type"] == "value_not_in_list":
-            return self._not_in_list(class_type, name, extra.get("received_value"))
+            name, value = error["extra_info"]["input_name"], error["extra_info"].get("received_value")
+            with contextlib.suppress(JobError, *CONNECTION_LOST):  # ComfyUI's own words leave longer lists out
+                choices = self.choices(class_type, name)
+                listed = ", ".join(choices[:50]) + (f" and {len(choices) - 50} more" if len(choices) > 50 else "")
+                is_file = isinstance(value, str) and re.search(r"\.\w{2,12}$", value)
+                return f"{name} {value!r} is not {'installed' if is_file else 'a choice'}; there is: {listed or 'none'}"
         if error["type"].startswith("exception_during") and details.strip("'") not in graph and details[:1] == "'":
             return f"it is linked to node {details}, which is not in the workflow"
-        return f"{name}: {error['message']}" if name and details in ("", name) else f"{error['message']}: {details}"
+        return f"{error['message']}: {details}".rstrip(": ")
 
-    def _not_in_list(self, class_type: str, name: str, value: Any) -> str:
-        """Asks for the choices: ComfyUI leaves out those of a list of more than 20."""
-        about = self._get(f"/object_info/{urllib.parse.quote(class_type, safe='')}").get(class_type, {})
-        declared = {key: each for inputs in about.get("input", {}).values() for key, each in inputs.items()}
+    @understanding()
+    def choices(self, class_type: str, name: str) -> list[str]:
+        """What ComfyUI offers for that input of a node."""
+        inputs = self._get(f"/object_info/{urllib.parse.quote(class_type, safe='')}")[class_type]["input"]
         # [[choice, …], {…}] or, as newer nodes have it, ["COMBO", {"options": [choice, …]}]
-        kind, *options = declared.get(name, [[]])
-        choices = kind if isinstance(kind, list) else (options or [{}])[0].get("options", [])
-        listed = ", ".join(map(str, choices[:50])) + (f" and {len(choices) - 50} more" if len(choices) > 50 else "")
-        is_file = isinstance(value, str) and re.search(r"\.\w{2,12}$", value)
-        return f"{name} {value!r} is {'not installed' if is_file else 'not a choice'}; there is: {listed or 'none'}"
+        kind, *options = {**inputs.get("required", {}), **inputs.get("optional", {})}[name]
+        return [str(each) for each in (kind if isinstance(kind, list) else options[0]["options"])]
 
 
-class Download:
-    """A file on its way from ComfyUI, `size` in bytes; cut short, it raises ConnectionError where http.client ends."""
-
-    def __init__(self, response: http.client.HTTPResponse, size: int) -> None:
-        self._response = response
-        self._left = self.size = size
-
-    def read(self, size: int | None = -1) -> bytes:
-        """At most so many bytes, or all that is left."""
-        wanted = self._left if size is None or size < 0 else min(size, self._left)
-        chunk = self._response.read(wanted)
-        self._left -= len(chunk)
-        if len(chunk) < wanted:
-            raise ConnectionError(f"ComfyUI's answer ended {self._left} bytes early")
-        return chunk
+FILE = {"filename": "", "subfolder": "", "type": "output"}  # what names a file to ComfyUI, and the defaults
+HINTS = {  # by the type of ComfyUI's refusal
+    "prompt_no_outputs": "; add an output node that saves, such as SaveImage, and connect it",
+    "invalid_prompt": "; install the custom nodes that bring it",
+}
 
 
-def _is_end(message: Message) -> bool:
-    """Whether it is what ComfyUI sends once a prompt has ended and its history is written."""
-    return message["type"] == "executing" and message["data"].get("node", "") is None
-
-
+@understanding()
 def failure(entry: dict[str, Any]) -> JobError | None:
     """What went wrong, as a history entry has it; None for a job that succeeded."""
     status = entry.get("status") or {}
-    messages = dict(status.get("messages") or [])
     if status.get("completed"):
         return None
+    messages = dict(status["messages"])
     if "execution_interrupted" in messages:
         return JobError(499, "cancelled", "the job was interrupted in ComfyUI")
-    if "execution_error" not in messages:
-        return JobError(502, "comfyui_error", "ComfyUI ended the job without saying why; its log may")
     names = ("node_id", "node_type", "exception_type", "exception_message")
     about = scrub({name: str(messages["execution_error"].get(name, "")).strip() for name in names})
     message = f"{about['node_type']} (node {about['node_id']}) failed: {about['exception_message']}"
@@ -774,37 +765,36 @@ def failure(entry: dict[str, Any]) -> JobError | None:
     return JobError(500, "execution_failed", message, **about)
 
 
+@understanding()
 def read_outputs(entry: dict[str, Any], graph: Graph) -> list[Output]:
     """Every file and text of a history entry: nodes in the graph's order, then those that ComfyUI made up itself."""
-    outputs = entry.get("outputs") or {}
-    order = [node_id for node_id in graph if node_id in outputs] + sorted(outputs.keys() - graph.keys())
-    listed = [(id, kind, items) for id in order for kind, items in outputs[id].items() if isinstance(items, list)]
-    return [output for each in listed for output in _read_items(*each)]
+    outputs: dict[str, Any] = entry.get("outputs") or {}
+    found: list[Output] = []
+    for node_id in [id for id in graph if id in outputs] + sorted(outputs.keys() - graph.keys()):
+        for kind, items in outputs[node_id].items():
+            where = {"node_id": node_id, "output_type": kind}
+            if kind == "text":
+                found.append({**where, "value": items})
+            for item in items if isinstance(items, list) else []:
+                if isinstance(item, dict) and item.get("filename"):  # the rest are flags
+                    found.append({**{name: str(item.get(name) or FILE[name]) for name in FILE}, **where})
+    return found
 
 
-def _read_items(node_id: str, kind: str, items: list[Any]) -> list[Output]:
-    where = {"node_id": node_id, "output_type": kind}
-    if kind == "text":
-        return [{**where, "value": items}]
-    defaults = {"filename": "", "subfolder": "", "type": "output"}
-    files = [item for item in items if isinstance(item, dict) and item.get("filename")]  # the rest are flags
-    return [{**{name: item.get(name, defaults[name]) for name in defaults}, **where} for item in files]
-
-
-_SECRET_KEYS = {"traceback", "api_key_comfy_org", "auth_token_comfy_org"}
-_QUOTED_PATH = re.compile(r"""(['"])(?:/|[A-Za-z]:\\)[^'"]*[/\\]([^'"/\\]+)\1""")  # may have spaces in it
-_PATH = re.compile(r"""(?<![\w./:<-])(?:/|[A-Za-z]:\\)(?:[^/\\\s'"]+[/\\])+([^/\\\s'"]*)""")
+_ROOT = r"(?:file:/*|[A-Za-z]:(?=[\\/])|\\\\|/)"  # of an absolute path: POSIX, Windows, its network, or as a URL
+_QUOTED_PATH = re.compile(rf"""(['"]){_ROOT}[^'"]*[/\\]([^'"/\\]+)\1""")  # may have spaces in it
+_PATH = re.compile(rf"""(?<![\w./:<-]){_ROOT}(?:[^/\\\s'"]*[/\\])+([^/\\\s'"]*)""")
 
 
 def scrub(value: Any) -> Any:
-    """ComfyUI's words, fit for an answer: without tracebacks and keys, absolute paths cut to the file's name."""
+    """ComfyUI's words, fit for an answer: without tracebacks, absolute paths cut to the file's name."""
     if isinstance(value, dict):
-        return {name: scrub(each) for name, each in value.items() if name not in _SECRET_KEYS}
+        return {name: scrub(each) for name, each in value.items() if name != "traceback"}
     if isinstance(value, list):
         return [scrub(each) for each in value]
     if isinstance(value, str):
         return _PATH.sub(r"\1", _QUOTED_PATH.sub(r"\1\2\1", value))
-    return None if value in (float("inf"), float("-inf")) or value != value else value  # JSON has no such numbers
+    return value
 
 
 # Delivery #############################################################################################################
@@ -812,142 +802,138 @@ def scrub(value: Any) -> Any:
 WEBHOOK_PAUSES_SECONDS = (4, 20, 100, 480)  # between five tries, each 20 % more or less
 
 
-class Delivery:
-    """Brings a job's outputs to where it wants them."""
+def deliver(job: Job, outputs: list[Output], comfyui: ComfyUI) -> JobError | None:
+    """Puts into `job.outputs` every text, and every file that is no preview, with mimetype, size, and url or data.
 
-    def __init__(self, settings: Settings, comfyui: ComfyUI) -> None:
-        self._settings = settings
-        self._comfyui = comfyui
+    Returns the first failure (upload_failed, output_missing, comfyui_error), once all the rest is delivered.
+    """
+    job.outputs = [output for output in outputs if output.get("type") != "temp"]
+    if not job.outputs and not failure(job.entry):
+        made = "only previews (type temp), which are not delivered" if outputs else "no outputs"
+        job.warnings.append(f"the job made {made}; use a node that saves, such as SaveImage")
+    errors = [_deliver_file(job, output, comfyui) for output in job.outputs if "filename" in output]
+    return next(filter(None, errors), None)
 
-    def deliver(self, job: Job, outputs: list[Output]) -> JobError | None:
-        """Puts into `job.outputs` every text, and every file that is no preview, with mimetype, size, and url or data.
 
-        Returns the first failure (upload_failed, output_missing, comfyui_error), once all the rest is delivered.
-        """
-        job.outputs = [output for output in outputs if output.get("type") != "temp"]
-        if not job.outputs and not failure(job.entry):
-            made = "only previews (type temp), which are not delivered" if outputs else "no outputs"
-            job.warnings.append(f"the job made {made}; use a node that saves, such as SaveImage")
-        files = [output for output in job.outputs if "filename" in output]
-        return next(filter(None, [self._deliver_file(job, file) for file in files]), None)
-
-    def _deliver_file(self, job: Job, output: Output) -> JobError | None:
+def _deliver_file(job: Job, output: Output, comfyui: ComfyUI) -> JobError | None:
+    """Waits for a ComfyUI that is away, up to COMFYUI_RETURN_TIMEOUT."""
+    folder, deadline, pause = job.settings.comfyui_install_path, 0.0, threading.Event()
+    path = os.path.abspath(os.path.join(folder, output["type"], output["subfolder"], output["filename"]))
+    if folder and os.path.isfile(path):
+        output["local_path"] = path
+    while True:
         try:
-            if job.s3:
-                self._upload(job, job.s3, output)
+            error = _upload(job, output, comfyui) if job.settings.s3_bucket_name else None
             if job.as_base64 or "url" not in output:
-                self._embed(output, job.as_base64 or job.s3 is not None)
+                _embed(job, output, comfyui)
+            return error
         except JobError as error:
             return error
-        self._find(output)
-        if reason := output.get("upload_error"):
-            return JobError(502, "upload_failed", f"S3 did not take {output['filename']}: {reason}")
-        return None
+        except CONNECTION_LOST as lost:
+            deadline = deadline or time.monotonic() + job.settings.comfyui_return_timeout
+            if time.monotonic() > deadline:
+                return JobError(502, "comfyui_lost", f"ComfyUI went away with {output['filename']}: {lost}")
+        pause.wait(LOOK_UP_SECONDS)
 
-    def _upload(self, job: Job, target: S3Target, output: Output) -> None:
-        from boto3.s3.transfer import TransferConfig
-        from botocore.exceptions import BotoCoreError, ClientError
 
-        client = s3_client(target, self._settings)
-        folders = output["subfolder"].replace("\\", "/").split("/")
-        key = "/".join(part for part in (str(job.request_id), *folders, output["filename"]) if part)
-        where = {"Bucket": target.bucket_name, "Key": self._settings.s3_prefix + key}
-        # without threads a stream is uploaded in 8 MB of memory instead of 120
-        config = TransferConfig(use_threads=False)
-        try:
-            with self._comfyui.open(output) as file:
-                client.upload_fileobj(file, *where.values(), {"ContentType": output["mimetype"]}, Config=config)
-            expires = self._settings.s3_url_expires
-            output["url"] = client.generate_presigned_url("get_object", Params=where, ExpiresIn=expires)
-        except (BotoCoreError, ClientError, KeyError) as error:  # KeyError: of an answer that is no S3's
-            output["upload_error"] = _without_keys(str(error), target)
+def _upload(job: Job, output: Output, comfyui: ComfyUI) -> JobError | None:
+    from boto3.s3.transfer import TransferConfig
+    from botocore.exceptions import BotoCoreError, ClientError
 
-    def _embed(self, output: Output, wanted: bool) -> None:
-        """Puts the file's bytes into the output if they are wanted; mimetype and size always are."""
-        limit = self._settings.output_base64_max_bytes
-        with self._comfyui.open(output) as file:
-            if not wanted:
-                return
-            if file.size > limit:
-                output["error"] = f"{file.size} bytes are more than the {limit} of OUTPUT_BASE64_MAX_BYTES; use S3"
-            else:
-                output["data"] = base64.b64encode(file.read()).decode()
+    folders = output["subfolder"].replace("\\", "/").split("/")
+    key = "/".join(part for part in (str(job.request_id), *folders, output["filename"]) if part)
+    where = {"Bucket": job.settings.s3_bucket_name, "Key": job.settings.s3_prefix + key}
+    # without threads a stream is uploaded in 8 MB of memory instead of 120
+    config = TransferConfig(use_threads=False)
+    client = s3_client(job.settings)
+    try:
+        with comfyui.open(output) as file:
+            client.upload_fileobj(file, *where.values(), {"ContentType": output["mimetype"]}, Config=config)
+    except (BotoCoreError, ClientError, KeyError) as error:  # KeyError: of an answer that is no S3's
+        output["upload_error"] = job.settings.without_keys(str(error))
+        return JobError(502, "upload_failed", f"S3 did not take {output['filename']}: {output['upload_error']}")
+    output["url"] = client.generate_presigned_url("get_object", where, job.settings.s3_url_expires)
+    output.pop("upload_error", None)  # of a try before this one
+    return None
 
-    def _find(self, output: Output) -> None:
-        folder = pathlib.Path(self._settings.comfyui_install_path).absolute() / output["type"]
-        path = folder / output["subfolder"] / output["filename"]
-        with contextlib.suppress(OSError):  # of a folder that the worker may not enter
-            if self._settings.comfyui_install_path and path.is_file():
-                output["local_path"] = str(path)
+
+def _embed(job: Job, output: Output, comfyui: ComfyUI) -> None:
+    """Puts the file's bytes into the output if they are wanted; mimetype and size always are."""
+    limit, is_wanted = job.settings.output_base64_max_bytes, job.as_base64 or "upload_error" in output
+    with comfyui.open(output) as file:
+        if is_wanted and output["size"] > limit:
+            output["error"] = f"{output['size']} bytes are more than the {limit} of OUTPUT_BASE64_MAX_BYTES; use S3"
+        elif is_wanted:
+            output["data"] = base64.b64encode(file.read()).decode()
+
+
+def s3_client(settings: Settings) -> Any:
+    """A boto3 client for the settings' S3; 400 where none can be made."""
+    names = ("access_key_id", "secret_access_key", "endpoint_url", "region", "connect_timeout", "connect_attempts")
+    try:
+        return _s3_client(*(getattr(settings, f"s3_{name}") or None for name in names))
+    except ImportError:  # not every worker needs S3
+        raise invalid("this worker cannot use S3: its operator has to pip install boto3") from None
+    except ValueError as error:
+        raise invalid(f"the S3 settings cannot be used: {settings.without_keys(str(error))}") from None
 
 
 @functools.lru_cache(maxsize=32)  # making a client takes 100 ms; threads can share it
-def s3_client(target: S3Target, settings: Settings) -> Any:
-    """A boto3 client for the target; 400 where none can be made."""
-    try:
-        import boto3  # here, because not every worker needs S3
-        from botocore.config import Config
-        from botocore.exceptions import BotoCoreError
-    except ImportError:
-        raise invalid("this worker cannot use S3: its operator has to pip install boto3") from None
+def _s3_client(
+    key: str | None, secret: str | None, endpoint: str | None, region: str | None, timeout: float, attempts: int
+) -> Any:
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
     config = Config(
         signature_version="s3v4",
         # with "auto", AWS' presigned URLs lead to us-east-1, whatever the region
-        s3={"addressing_style": "path" if target.endpoint_url else "virtual"},
+        s3={"addressing_style": "path" if endpoint else "virtual"},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
-        connect_timeout=settings.s3_connect_timeout,
-        retries={"mode": "standard", "total_max_attempts": settings.s3_connect_attempts},
+        connect_timeout=timeout,
+        retries={"mode": "standard", "total_max_attempts": attempts},
     )
-    region = target.region or ("us-east-1" if target.endpoint_url else None)
     try:
-        session = boto3.Session(target.access_key_id or None, target.secret_access_key or None)
-        client = session.client("s3", region, endpoint_url=target.endpoint_url or None, config=config)
-        has_keys = session.get_credentials()
-    except (ValueError, BotoCoreError) as error:
-        raise invalid(f"the S3 settings cannot be used: {_without_keys(str(error), target)}") from None
-    if not has_keys:
-        raise invalid("S3 has no keys: give s3.access_key_id and s3.secret_access_key, or set them in the environment")
-    return client
+        session = boto3.Session(key, secret)
+        client = session.client(
+            "s3", region or ("us-east-1" if endpoint else None), endpoint_url=endpoint, config=config
+        )
+        if session.get_credentials():
+            return client
+    except BotoCoreError as error:
+        raise ValueError(str(error)) from None
+    raise ValueError(
+        "there are no keys: give s3.access_key_id and s3.secret_access_key, or set them in the environment"
+    )
 
 
-def _without_keys(text: str, target: S3Target) -> str:
-    for key in filter(None, (target.secret_access_key, target.access_key_id)):
-        text = text.replace(key, "***")
-    return text
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        """A signed message goes where it was meant to go, or nowhere."""
-
-
-_webhooks = urllib.request.build_opener(_NoRedirect)
-
-
-def post_webhook(webhook: Webhook, message_id: str, body: bytes) -> str:
+def post_webhook(settings: Settings, message_id: str, body: bytes) -> str:
     """One try, signed after the Standard Webhooks specification; 'delivered', 'refused', or 'failed': worth a retry."""
     timestamp = str(int(time.time()))
-    headers = {"webhook-id": message_id, "webhook-timestamp": timestamp, "Content-Type": "application/json"}
-    headers["User-Agent"] = f"ComfyUI-PyWorker/{__version__}"
-    if webhook.key:
-        digest = hmac.digest(webhook.key, f"{message_id}.{timestamp}.".encode() + body, "sha256")
+    headers = {
+        "webhook-id": message_id,
+        "webhook-timestamp": timestamp,
+        "User-Agent": f"ComfyUI-PyWorker/{__version__}",
+    }
+    if key := settings.webhook_secret:
+        digest = hmac.digest(key, f"{message_id}.{timestamp}.".encode() + body, "sha256")
         headers["webhook-signature"] = f"v1,{base64.b64encode(digest).decode()}"
     try:
-        _webhooks.open(urllib.request.Request(webhook.url, body, headers), timeout=webhook.timeout).close()
-        return "delivered"
-    except urllib.error.HTTPError as error:
-        error.close()
-        return "failed" if error.code in (408, 429) or error.code >= 500 else "refused"
+        # a redirect is no delivery: a signed message goes where it was meant to go, or nowhere
+        with request(settings.webhook_url, body, settings.webhook_timeout, **headers) as response:
+            status = response.status
     except (*CONNECTION_LOST, UnicodeError):  # of a name that cannot be looked up
         return "failed"
+    return "delivered" if status < 300 else "failed" if status in (408, 429) or status >= 500 else "refused"
 
 
-def deliver_webhook(webhook: Webhook, message_id: str, body: bytes) -> None:
+def deliver_webhook(settings: Settings, message_id: str, body: bytes) -> None:
     """Posts the message until its receiver takes or refuses it, five times at most: takes 13 minutes at the longest."""
     pause = threading.Event()
     for seconds in (*WEBHOOK_PAUSES_SECONDS, None):
-        outcome = post_webhook(webhook, message_id, body)
+        outcome = post_webhook(settings, message_id, body)
         if outcome != "failed" or seconds is None:
             break
         log.warning("webhook %s failed; it is tried again in about %g s", message_id, seconds)
@@ -958,50 +944,48 @@ def deliver_webhook(webhook: Webhook, message_id: str, body: bytes) -> None:
 
 # Worker ###############################################################################################################
 
+CANCEL_SECONDS = 10  # that cancelled jobs get to be answered before the worker exits
+
 
 class Line:
-    """The lock around the GPU: one job runs, the others wait, first ready first served."""
+    """The lock around the GPU: the first job runs, the others wait, first ready first served."""
 
     def __init__(self, max_waiting: int) -> None:
         self._lock = threading.Lock()
         self._max_waiting = max_waiting
-        self._closed = False
-        self.waiting: list[Job] = []
-        self.running: Job | None = None
+        self._is_closed = False
+        self.jobs: list[Job] = []
 
     @contextlib.contextmanager
     def turn(self, job: Job) -> Iterator[None]:
         """The job's time on the GPU, entered when its turn comes; 503 without a place, or what `job.stop` was given."""
         with self._lock:
-            if self._closed:
+            if self._is_closed:
                 raise not_ready("stopping")
-            if self.running and len(self.waiting) >= self._max_waiting and not job.was_accepted:
+            if len(self.jobs) > self._max_waiting and not job.was_accepted:
                 raise JobError(503, "queue_full", f"{self._max_waiting} jobs are waiting already; try again later")
+            self.jobs.append(job)
             job.was_accepted = True
-            self.waiting.append(job)
-            self._advance()
+            self._call_first()
         try:
             with job.timed("queue_ms"):
                 job.next_message()  # "turn"
             yield
         finally:
             with self._lock:
-                if self.running is job:
-                    self.running = None
-                else:
-                    self.waiting.remove(job)
-                self._advance()
+                self.jobs.remove(job)
+                self._call_first()
 
-    def _advance(self) -> None:
-        if self.waiting and not self.running:
-            self.running = self.waiting.pop(0)
-            self.running.inbox.put({"type": "turn"})
+    def _call_first(self) -> None:
+        if self.jobs and not self.jobs[0].has_turn:
+            self.jobs[0].has_turn = True
+            self.jobs[0].inbox.put({"type": "turn"})
 
     def close(self) -> None:
         """Gives every waiting job back and takes no more; the running one goes on."""
         with self._lock:
-            self._closed = True
-            for job in self.waiting:
+            self._is_closed = True
+            for job in self.jobs[1:]:
                 job.stop(not_ready("stopping"))
 
 
@@ -1009,8 +993,8 @@ def not_ready(state: str) -> JobError:
     """What a worker answers to a job that it cannot begin."""
     if state == "stopping":
         return JobError(503, "shutting_down", "the worker is stopping; send the job again, to another one or later")
-    trouble = "is not up yet" if state == "starting" else "does not answer"
-    return JobError(503, "comfyui_unavailable", f"ComfyUI {trouble}; try again later")
+    trouble = {"starting": "is not up yet", "faulted": "has lost its GPU and has to be restarted"}
+    return JobError(503, "comfyui_unavailable", f"ComfyUI {trouble.get(state, 'does not answer')}; try again later")
 
 
 class Clients:
@@ -1026,7 +1010,7 @@ class Clients:
     @contextlib.contextmanager
     def watch(self, job: Job) -> Iterator[None]:
         """Stops the job in the block when its client goes, unless a webhook is to hear of it."""
-        if not self._poll or not job.connection or job.webhook:
+        if not self._poll or not job.connection or job.settings.webhook_url:
             yield
             return
         number = job.connection.fileno()
@@ -1052,36 +1036,14 @@ def _is_gone(number: int) -> bool:
     return bool(poll.poll(0))
 
 
-class Tally:
-    """Counts what is under way, so that a stopping worker can wait for its end."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self.count = 0
-
-    def __enter__(self) -> None:
-        with self._changed:
-            self.count += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self.count -= 1
-            self._changed.notify_all()
-
-    def wait(self, seconds: float) -> bool:
-        """Whether everything ended in time."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self.count, seconds)
-
-
 class Worker:
     """Takes requests to their answers: the one place that knows the order of things."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.under_way = Tally()  # requests that are not answered yet, webhooks that are owed
+        self._changed = threading.Condition()
+        self._under_way = 0  # requests that are not answered yet, webhooks that are owed
         self.comfyui = ComfyUI(settings)
-        self._delivery = Delivery(settings, self.comfyui)
         self._line = Line(settings.max_queue_size)
         self._clients = Clients()
         self._modifiers = load_modifiers()
@@ -1092,7 +1054,7 @@ class Worker:
         """Takes the job that `body` asks for to its end; returns the HTTP status and the envelope, for failures too."""
         error = None
         try:
-            read_job(job, parse_input(body), self.settings)
+            read_job(job, parse_input(body))
             self._process(job)
         except JobError as failed:
             error = failed
@@ -1106,8 +1068,8 @@ class Worker:
         outcome = f"{error.type} ({error.status}): {error.message}" if error else "completed"
         timings = ", ".join(f"{name} {answer['timings'][name]}" for name in (*TIMINGS, "total_ms"))
         log.info("job %s %s; %s", job.request_id, outcome.encode("unicode_escape").decode(), timings)
-        if job.was_accepted and job.webhook:
-            self._notify(job, job.webhook, answer)
+        if job.was_accepted and job.settings.webhook_url:
+            self._notify(job, answer)
         return error.status if error else 200, answer
 
     def _process(self, job: Job) -> None:
@@ -1118,22 +1080,22 @@ class Worker:
                 if (state := self.state()) != "ready":
                     raise not_ready(state)
             self._build(job)
-            if job.s3:
-                s3_client(job.s3, self.settings)  # 400 before GPU time is spent, where S3 cannot be used
+            if job.settings.s3_bucket_name:
+                s3_client(job.settings)  # 400 before GPU time is spent, where S3 cannot be used
         error = self._run(job)
         for _ in range(2):  # a busy ComfyUI may take the prompt first and clear its cache after it
             if error and error.type == "output_missing":  # of a cached job: somebody has deleted its files since
                 self.comfyui.clear_cache()
-                job.prompt_id = str(uuid.uuid4())
+                job.prompt_id, job.has_turn = str(uuid.uuid4()), False
                 error = self._run(job)
         if error:
             raise error
 
     def _run(self, job: Job) -> JobError | None:
         with self._clients.watch(job), self._line.turn(job), job.timed("generation_ms"):
-            job.entry = _without_key(self.comfyui.run(job), job.comfy_org_api_key)
+            job.entry = _without_key(self.comfyui.run(job), job.settings.comfy_org_api_key)
         with job.timed("postprocess_ms"):
-            undelivered = self._delivery.deliver(job, read_outputs(job.entry, job.workflow))
+            undelivered = deliver(job, read_outputs(job.entry, job.workflow), self.comfyui)
         return failure(job.entry) or undelivered
 
     def _build(self, job: Job) -> None:
@@ -1149,31 +1111,37 @@ class Worker:
         except self._modifiers.InvalidModification as error:
             raise invalid(str(error), "invalid_modification", **error.details) from None
 
-    def _notify(self, job: Job, webhook: Webhook, answer: dict[str, Any]) -> None:
+    def _notify(self, job: Job, answer: dict[str, Any]) -> None:
         """Starts a thread for the webhook: a receiver that never answers delays nobody."""
-        body = json.dumps({**answer, "extra": webhook.extra_params}).encode()
-        owed = contextlib.ExitStack()
-        owed.enter_context(self.under_way)
+        body = json.dumps({**answer, "extra": job.extra_params}).encode()
 
         def deliver() -> None:
-            with owed:
-                deliver_webhook(webhook, job.prompt_id, body)
+            deliver_webhook(job.settings, job.prompt_id, body)
+            self.begin(-1)
 
+        self.begin()
         threading.Thread(target=deliver, name="webhook", daemon=True).start()
+
+    def begin(self, number: int = 1) -> None:
+        """Counts what a stopping worker has to wait for; -1 where it has ended."""
+        with self._changed:
+            self._under_way += number
+            self._changed.notify_all()
 
     def state(self) -> str:
         """'ready', or why not: 'starting', 'unreachable', 'stopping'."""
         return "stopping" if self._stopping else self.comfyui.state()
 
-    def health(self) -> tuple[int, dict[str, Any]]:
-        """The HTTP status and the body of GET /health."""
+    def health(self, is_probe_of_life: bool) -> tuple[int, dict[str, Any]]:
+        """The HTTP status and the body of GET /health, or of GET /health/live: 503 only where a restart is needed."""
         comfyui = self.comfyui.describe()
         state = self.state()
-        running = self._line.running
-        return 200 if state == "ready" else 503, {
+        jobs = [job.request_id for job in self._line.jobs]
+        is_well = state != "faulted" if is_probe_of_life else state == "ready"
+        return 200 if is_well else 503, {
             "status": state,
-            "running": running.request_id if running else None,
-            "queued": len(self._line.waiting),
+            "running": jobs[0] if jobs else None,
+            "queued": len(jobs[1:]),
             "cost": COST,
             "modifiers": sorted(self._modifiers.MODIFIERS) if self._modifiers else [],
             "comfyui": comfyui,
@@ -1186,11 +1154,12 @@ class Worker:
         self._stopping = True
         self._line.close()
         grace = self.settings.shutdown_grace
-        log.info("stopping: %d requests and webhooks under way get %g s", self.under_way.count, grace)
-        if not self.under_way.wait(grace) and (running := self._line.running):
-            running.stop(JobError(499, "cancelled", "the worker had to stop before the job ended"))
-            self.under_way.wait(2 * INTERRUPT_SECONDS)
-        log.info("stopped with %d requests and webhooks under way", self.under_way.count)
+        log.info("stopping: %d requests and webhooks under way get %g s", self._under_way, grace)
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._under_way, grace) and self._line.jobs:
+                self._line.jobs[0].stop(JobError(499, "cancelled", "the worker had to stop before the job ended"))
+                self._changed.wait_for(lambda: not self._under_way, CANCEL_SECONDS)
+        log.info("stopped with %d requests and webhooks under way", self._under_way)
 
 
 def _without_key(entry: dict[str, Any], key: str) -> dict[str, Any]:
@@ -1219,7 +1188,7 @@ def envelope(job: Job, error: JobError | None) -> dict[str, Any]:
             "completed_at_ms": round(now * 1000),
             "total_ms": round((now - job.received_at) * 1000),
         },
-        "comfyui_response": scrub(job.entry) if job.include_comfyui_response else {},
+        "comfyui_response": scrub(job.entry) if job.settings.include_comfyui_response else {},
         "warnings": job.warnings,
     }
     return {**answer, "error": {"type": error.type, "message": error.message, **error.details}} if error else answer
@@ -1229,7 +1198,7 @@ def envelope(job: Job, error: JobError | None) -> dict[str, Any]:
 
 CONNECTION_SECONDS = 30  # without a byte on a connection that owes us some
 DRAIN_SECONDS = 5  # for a client to see its refusal while it is still sending
-ROUTES = {"/generate/sync": ["POST"], "/health": ["GET", "HEAD"]}
+ROUTES = {"/generate/sync": ["POST"], "/health": ["GET", "HEAD"], "/health/live": ["GET", "HEAD"]}
 STATUS_HEADERS = {401: ("WWW-Authenticate", "Bearer"), 503: ("Retry-After", "5")}
 
 
@@ -1254,14 +1223,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         malformed = bool(self.headers.defects) or any(name != name.strip() for name in self.headers)
         lengths = self.headers.get_all("Content-Length", ["0"])
         self.owes_body = malformed or lengths != ["0"] or "Transfer-Encoding" in self.headers
-        with self.server.worker.under_way:
-            try:
-                if malformed:
-                    raise invalid("a header of the request is malformed")
-                status, answer = self._route()
-            except JobError as error:
-                status, answer = error.status, envelope(Job(), error)
-            self._send(status, answer)
+        self.server.worker.begin()
+        try:
+            if malformed:
+                raise invalid("a header of the request is malformed")
+            self._send(*self._route())
+        except JobError as error:
+            self._send(error.status, envelope(Job(), error))
+        finally:
+            self.server.worker.begin(-1)
 
     def _route(self) -> tuple[int, dict[str, Any]]:
         worker = self.server.worker
@@ -1274,14 +1244,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise JobError(404, "not_found", "there is nothing here; there is POST /generate/sync and GET /health")
         if self.command not in ROUTES[path]:
             raise JobError(405, "method_not_allowed", f"{path} takes {' or '.join(ROUTES[path])}", allow=ROUTES[path])
-        if path == "/health":
-            return worker.health()
+        if path != "/generate/sync":
+            return worker.health(is_probe_of_life=path == "/health/live")
         wanted, given = f"Bearer {worker.settings.auth_token}", self.headers.get("Authorization", "")
         if worker.settings.auth_token and not hmac.compare_digest(wanted.encode(), given.encode("latin-1")):
             raise JobError(401, "unauthorized", "this worker needs the header 'Authorization: Bearer …' with its token")
-        wants_response = self.headers.get("X-Include-ComfyUI-Response") in ("1", "true")
-        included = wants_response or worker.settings.include_comfyui_response
-        return worker.answer(Job(connection=self.connection, include_comfyui_response=included), self._read_body())
+        is_included = self.headers.get("X-Include-ComfyUI-Response") in ("1", "true")
+        settings = replace(worker.settings, include_comfyui_response=True) if is_included else worker.settings
+        return worker.answer(Job(settings=settings, connection=self.connection), self._read_body())
 
     def _read_body(self) -> bytes:
         lengths = set(self.headers.get_all("Content-Length", []))
@@ -1359,6 +1329,11 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, worker.settings.port), Handler)
 
+    def stop(self) -> None:
+        """Returns once the worker has come to its end."""
+        self.worker.stop()
+        self.shutdown()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that go away are no news; anything else is a bug."""
         if not isinstance(sys.exc_info()[1], CONNECTION_LOST):
@@ -1413,12 +1388,7 @@ def _warn(settings: Settings) -> None:
 def _stop(server: Server, number: int, frame: Any) -> None:
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: os._exit(1))
-
-    def stop() -> None:
-        server.worker.stop()
-        server.shutdown()
-
-    threading.Thread(target=stop, name="stop", daemon=True).start()
+    threading.Thread(target=server.stop, name="stop", daemon=True).start()
 
 
 if __name__ == "__main__":
