@@ -461,8 +461,8 @@ RECONNECT_SECONDS = 0.5
 SILENCE_SECONDS = 10  # without a message for so long, history and queue are looked up
 LOOK_UP_SECONDS = 1  # between look-ups of a prompt that no connection tells about
 FAULT = re.compile(  # the errors after which, in the words of CUDA's documentation, the process must be relaunched
-    r"(CUDA|HIP) error: (an illegal|device-side assert|unspecified launch|misaligned|invalid program counter|the launch t"
-    r"|hardware stack|uncorrectable|operation not supported on global)|.* error: \w+_EXECUTION_FAILED"
+    r"(CUDA|HIP) error: (an illegal|device-side assert|unspecified launch|misaligned|invalid program counter|hardware"
+    r"|the launch timed|uncorrectable|operation not supported on global)|.* error: \w+_EXECUTION_FAILED"
 )
 
 
