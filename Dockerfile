@@ -1,7 +1,8 @@
 # ComfyUI and the worker in one image, for a GPU host with NVIDIA's container toolkit:
 #
 #   docker build -t comfyui-pyworker .
-#   docker run --gpus all -p 8000:8000 -v /srv/models:/opt/ComfyUI/models --stop-timeout 330 comfyui-pyworker
+#   docker run --gpus all -p 8000:8000 -e AUTH_TOKEN=change-me --stop-timeout 330 \
+#     -v /srv/models:/opt/ComfyUI/models comfyui-pyworker
 #
 # --stop-timeout: more than the worker's SHUTDOWN_GRACE, as Docker kills after 10 s by itself.
 # Models are not part of the image: mount a folder laid out like ComfyUI's models/ (checkpoints/, loras/, vae/, ...).
