@@ -1866,7 +1866,7 @@ def test_without_a_queue_a_job_can_still_start_at_once(start: Callable[..., Work
 def test_sigterm_ends_what_runs_and_gives_back_what_waits(start: Callable[..., Worker], receiver: Receiver) -> None:
     stopping = start(WEBHOOK_URL=receiver.url)
     jobs = []
-    for _ in range(3):
+    for _ in range(11):
         jobs.append(in_background(stopping.post, {"workflow_json": long_job(100)}))
         wait_for("it is in the line", functools.partial(in_line, stopping, len(jobs) - 1))
     stopping.process.send_signal(signal.SIGTERM)
@@ -1877,7 +1877,18 @@ def test_sigterm_ends_what_runs_and_gives_back_what_waits(start: Callable[..., W
     assert stopping.post({"workflow_json": picture()}).error["type"] == "shutting_down"
     assert jobs[0].result(60).status == 200
     assert stopping.process.wait(30) == 0
-    assert sorted(json.loads(body)["status"] for _, body in receiver.posts) == ["completed", "failed", "failed"]
+    assert sorted(json.loads(body)["status"] for _, body in receiver.posts) == ["completed"] + ["failed"] * 10
+
+
+def test_a_second_signal_stops_at_once(start: Callable[..., Worker], comfyui_url: str) -> None:
+    stopping = start()
+    in_background(connect, stopping, {"workflow_json": long_job(500)})
+    prompt = wait_for("the job runs", lambda: running_prompts(comfyui_url))[0]
+    stopping.process.send_signal(signal.SIGTERM)
+    wait_for("it is stopping", lambda: stopping.logged("stopping: 1 requests"))
+    stopping.process.send_signal(signal.SIGINT)
+    assert stopping.process.wait(5) == 1
+    fetch(f"{comfyui_url}/interrupt", {"prompt_id": prompt})
 
 
 def test_a_job_that_outlives_the_grace_is_cancelled(start: Callable[..., Worker], comfyui_url: str) -> None:
@@ -1959,6 +1970,33 @@ def test_a_connection_cut_twenty_times_runs_the_job_once(start: Callable[..., Wo
     answer = job.result(120)
     assert answer.status == 200 and len(answer.files) == 1, answer.json
     assert len(fetch(f"{comfyui_url}/history").json) == before + 1
+
+
+class SilentTunnel(Tunnel):
+    """Lets a websocket's first messages pass, and then keeps silent."""
+
+    is_silent = False
+
+    def inspect(self, said: bytes, answer: bytes) -> bytes:
+        while self.is_silent and said.startswith(b"GET /ws"):
+            time.sleep(0.1)
+        return answer
+
+
+def test_a_connection_that_has_fallen_silent_is_noticed(start: Callable[..., Worker], comfyui_url: str) -> None:
+    tunnel = SilentTunnel(comfyui_url)
+    behind = start(COMFYUI_API_BASE=tunnel.url)
+    tunnel.is_silent = True
+    before = len(fetch(f"{comfyui_url}/history").json)
+    job = in_background(behind.post, {"workflow_json": picture()})
+    wait_for("the job has ended", lambda: len(fetch(f"{comfyui_url}/history").json) > before)
+    ended = time.monotonic()
+    assert job.result(60).status == 200
+    assert time.monotonic() - ended < pyworker.SILENCE_SECONDS + 1
+    tunnel.is_silent = False
+    wait_for("another connection is made", lambda: behind.logged("lost the connection to ComfyUI"))
+    assert behind.post({"workflow_json": picture()}).status == 200
+    assert len(fetch(f"{comfyui_url}/history").json) == before + 2
 
 
 class AnsweringTunnel(Tunnel):
@@ -2846,7 +2884,7 @@ def main() -> None:
     commands = {"demo": run_demo, "comfyui": run_stand_in}
     if sys.argv[1:2] and sys.argv[1] in commands:
         return commands[sys.argv[1]](sys.argv[2:])
-    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
+    sys.exit(pytest.main([__file__, "-W", "ignore::pytest.PytestAssertRewriteWarning", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":
