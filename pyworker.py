@@ -509,7 +509,7 @@ class ComfyUI:
                 return self._about
             try:
                 self._ask_about(PROBE_SECONDS)
-                self._failing_since = 0 if self._client_id else self._failing_since
+                self._failing_since = 0 if self._client_id and not self._fault else self._failing_since
             except (*CONNECTION_LOST, JobError):
                 self._failing_since = self._failing_since or time.monotonic()
             self._probed_at = time.monotonic()
@@ -674,7 +674,7 @@ class ComfyUI:
         limit = self.settings.comfyui_return_timeout
         left = limit - (time.monotonic() - self._failing_since if self._failing_since else 0)
         if left <= 0:
-            raise JobError(502, "comfyui_lost", f"ComfyUI went away and did not come back within {limit:g} s")
+            raise JobError(502, "comfyui_lost", f"ComfyUI went away and was not back in order within {limit:g} s")
         return left
 
     # files
@@ -1157,8 +1157,9 @@ class Worker:
         grace = self.settings.shutdown_grace
         log.info("stopping: %d requests and webhooks under way get %g s", self._under_way, grace)
         with self._changed:
-            if not self._changed.wait_for(lambda: not self._under_way, grace) and self._line.jobs:
-                self._line.jobs[0].stop(JobError(499, "cancelled", "the worker had to stop before the job ended"))
+            if not self._changed.wait_for(lambda: not self._under_way, grace):
+                for job in self._line.jobs[:1]:
+                    job.stop(JobError(499, "cancelled", "the worker had to stop before the job ended"))
                 self._changed.wait_for(lambda: not self._under_way, CANCEL_SECONDS)
         log.info("stopped with %d requests and webhooks under way", self._under_way)
 

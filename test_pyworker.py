@@ -2178,6 +2178,18 @@ def test_a_gpu_that_breaks_is_told_until_comfyui_has_restarted(
         assert waiting[2].result(60).status == 200
 
 
+def test_a_job_does_not_wait_for_ever_for_a_broken_gpu(start: Callable[..., Worker], tmp_path: pathlib.Path) -> None:
+    with stand_in(free_port(), tmp_path) as url:
+        behind = start(COMFYUI_API_BASE=url, COMFYUI_RETURN_TIMEOUT=3)
+        jobs = [in_background(behind.post, {"workflow_json": long_job(20)})]
+        wait_for("a job runs", functools.partial(in_line, behind, 0))
+        for input in (broken(GPU_FAULTS[0]), picture()):
+            jobs.append(in_background(behind.post, {"workflow_json": input}))
+            wait_for("it waits", functools.partial(in_line, behind, len(jobs) - 1))
+        wait_for("all are answered", lambda: behind.health() and all(job.done() for job in jobs))
+        assert [job.result().status for job in jobs] == [200, 500, 502], "though the worker was probed all the time"
+
+
 @pytest.mark.parametrize("message", GPU_FAULTS)
 def test_the_faults_of_a_gpu_are_known(message: str) -> None:
     assert pyworker.FAULT.match(message)
