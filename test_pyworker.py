@@ -1669,17 +1669,20 @@ def test_a_file_that_is_not_there_is_missing(worker: Worker) -> None:
 
 
 class CuttingTunnel(Tunnel):
-    """Cuts the first answers to `GET /view` in their middle."""
+    """Cuts answers to `GET /view` once so many bytes of them have passed."""
 
-    def __init__(self, url: str, cuts: int) -> None:
-        self.cuts = cuts
+    def __init__(self, url: str, cuts: int, after: int = 300) -> None:
+        self.cuts, self.after, self.passed = cuts, after, 0
         super().__init__(url)
 
     def inspect(self, said: bytes, answer: bytes) -> bytes:
-        if self.cuts and said.startswith(b"GET /view") and len(answer) > 300:
-            self.cuts -= 1
-            return answer[: len(answer) - 20]
-        return answer
+        if not self.cuts or not said.startswith(b"GET /view"):
+            return answer
+        self.passed += len(answer)
+        if self.passed <= self.after:
+            return answer
+        self.cuts, self.passed = self.cuts - 1, 0
+        return answer[: len(answer) - 20]
 
 
 @pytest.mark.parametrize("to_s3", [False, True])
@@ -1702,9 +1705,32 @@ def test_a_file_cut_short_is_never_taken_for_whole(
     behind = start(COMFYUI_API_BASE=tunnel.url, COMFYUI_RETURN_TIMEOUT=2)
     answer = behind.post({"workflow_json": picture(), "s3": s3.request if to_s3 else {}})
     assert (answer.status, answer.error["type"]) == (502, "comfyui_lost"), answer.json
-    assert "20 bytes early" in answer.error["message"] or "IncompleteRead" in answer.error["message"]
+    assert re.search("20 bytes early|IncompleteRead", answer.error["message"]), answer.json
     assert "data" not in answer.files[0] and "url" not in answer.files[0]
     assert behind.health().status == 200, "the connection that tells of jobs was never lost"
+
+
+def test_a_large_file_cut_short_is_never_taken_for_whole(
+    start: Callable[..., Worker], comfyui_url: str, s3: S3
+) -> None:
+    tunnel = CuttingTunnel(comfyui_url, 1, after=9 << 20)  # in the second part of a multipart upload
+    latent = node("EmptyLatentImage", width=1024, height=1024, batch_size=random.randint(170, 190))
+    graph = {"1": latent, "2": node("SaveLatent", samples=["1", 0], filename_prefix="large")}
+    answer = start(COMFYUI_API_BASE=tunnel.url).post({"workflow_json": graph, "s3": s3.request})
+    assert answer.status == 200 and tunnel.cuts == 0, answer.json
+    file = answer.files[0]
+    assert file["size"] > 10 << 20 and fetch(file["url"]).body == as_written(comfyui_url, file)
+
+
+def test_an_upload_that_failed_before_comfyui_did_is_made_up_for(
+    start: Callable[..., Worker], comfyui_url: str, s3: S3
+) -> None:
+    tunnel = CuttingTunnel(comfyui_url, 1, after=700)  # the first file is fetched for S3, then for the answer
+    faulty = FaultyServer(s3.endpoint, "fails", 1)
+    behind = start(COMFYUI_API_BASE=tunnel.url, S3_CONNECT_ATTEMPTS=1)
+    answer = behind.post({"workflow_json": picture(), "s3": {**s3.request, "endpoint_url": faulty.url}})
+    assert (answer.status, tunnel.cuts, faulty.times) == (200, 0, 0), answer.json
+    assert "upload_error" not in answer.files[0] and fetch(answer.files[0]["url"]).status == 200
 
 
 def test_the_webhook_arrives_once_signed_with_extra(worker: Worker, receiver: Receiver) -> None:
@@ -2259,7 +2285,7 @@ class FaultyServer(Tunnel):
             return answer
         self.times -= 1
         if self.how == "hangs":
-            threading.Event().wait(5)
+            threading.Event().wait(30)
         slow = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your rate.</Message></Error>"
         status, body = (b"503", slow) if self.how == "slows down" else (b"500", b"")
         return b"HTTP/1.1 %s No\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (status, len(body), body)
