@@ -99,6 +99,8 @@ def _parameters(function: Callable[..., Graph]) -> dict[str, dict[str, Any]]:
         schema[name] = {"type": [TYPE_NAMES[kind] for kind in kinds]}
         if parameter.default is not parameter.empty:
             schema[name]["default"] = parameter.default
+            if not _fits(parameter.default, schema[name]["type"]):
+                raise ValueError(f"{function.__name__}: the default of {name} is not of its type")
     return schema
 
 

@@ -111,10 +111,10 @@ def read_fields(given: Mapping[str, Any], readers: Mapping[str, Reader], prefix:
 
 def is_url(text: Any) -> bool:
     """Whether it is an http(s) URL that http.client will take: without spaces, control and non-ASCII characters."""
-    with contextlib.suppress(ValueError):  # of a port that is none, or a bracket without its twin
+    with contextlib.suppress(ValueError):  # of a port or a name that is none, or a bracket without its twin
         parts = urllib.parse.urlsplit(text if isinstance(text, str) else "")
-        is_web = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        return bool(is_web and re.fullmatch(r"[!-~]+", text))
+        is_web = parts.scheme in ("http", "https") and parts.port != 0 and "@" not in parts.netloc
+        return bool(is_web and re.fullmatch(r"[!-~]+", text) and (parts.hostname or "").encode("idna"))
     return False
 
 
@@ -131,7 +131,9 @@ read_text = matching(r"(?s:.*)", "a string")
 read_plain = matching(r"[!-~]+", "a string in plain ASCII, without spaces")
 read_flag = reader("true or false", lambda value: isinstance(value, bool))
 read_object = reader("an object", lambda value: isinstance(value, dict))
-read_url = reader("an http:// or https:// URL in plain ASCII, such as https://example.com/path", is_url)
+read_url = reader(
+    "an http:// or https:// URL in plain ASCII, without a password, such as https://example.com/path", is_url
+)
 read_count = number(0, 2**53, int)  # beyond, JSON's numbers are no longer exact
 read_seconds = number(0, 10**7, int, float)  # 115 days: threads cannot wait much longer
 read_timeout = number(0.001, 3600, int, float)
@@ -150,7 +152,7 @@ class Settings:
     comfyui_api_base: str = _setting("http://127.0.0.1:8188", read_url, "where ComfyUI answers")
     comfyui_install_path: str = _setting("", read_text, "ComfyUI's folder; set, an answer shows each file's local_path")
     comfyui_return_timeout: float = _setting(120.0, read_seconds, "seconds that ComfyUI may stay away under a job")
-    auth_token: str = _setting("", read_text, "what clients have to send as 'Authorization: Bearer …'")
+    auth_token: str = _setting("", read_plain, "what clients have to send as 'Authorization: Bearer …'")
     max_queue_size: int = _setting(100, read_count, "jobs that may wait for the GPU; the next one gets 503")
     max_body_bytes: int = _setting(64 << 20, read_count, "largest request body")
     output_base64_max_bytes: int = _setting(64 << 20, read_count, "largest file that an answer carries as base64")
@@ -170,7 +172,7 @@ class Settings:
     webhook_secret: bytes = _setting(b"", read_signing_key, "signs what goes to WEBHOOK_URL: whsec_ and base64")
     default_checkpoint: str = _setting("", read_text, "Text2Image's checkpoint; empty: the first that ComfyUI lists")
     include_comfyui_response: bool = _setting(False, read_flag, "put ComfyUI's history entry into every answer")
-    comfy_org_api_key: str = _setting("", read_text, "passed on to ComfyUI for its partner nodes")
+    comfy_org_api_key: str = _setting("", read_plain, "passed on to ComfyUI for its partner nodes")
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
@@ -182,12 +184,6 @@ class Settings:
         if bool(settings.s3_access_key_id) != bool(settings.s3_secret_access_key):
             raise ValueError("S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY come in pairs: set both or neither")
         return settings
-
-    def without_keys(self, text: str) -> str:
-        """The text, S3's keys blotted out."""
-        for key in filter(None, (self.s3_secret_access_key, self.s3_access_key_id)):
-            text = text.replace(key, "***")
-        return text
 
 
 def _from_text(text: str, default: Any) -> Any:
@@ -217,6 +213,19 @@ class JobError(Exception):
         return self.type if self.type in ("timeout", "cancelled") else "failed"
 
 
+def invalid(message: str, type: str = "invalid_request", **details: Any) -> JobError:
+    """A request that is not in order."""
+    return JobError(400, type, message, **details)
+
+
+def not_ready(state: str) -> JobError:
+    """What a worker answers to a job that it cannot begin."""
+    if state == "stopping":
+        return JobError(503, "shutting_down", "the worker is stopping; send the job again, to another one or later")
+    trouble = {"starting": "is not up yet", "faulted": "has lost its GPU and has to be restarted"}
+    return JobError(503, "comfyui_unavailable", f"ComfyUI {trouble.get(state, 'does not answer')}; try again later")
+
+
 # Job ##################################################################################################################
 
 RANDOM_INT = "__RANDOM_INT__"
@@ -224,7 +233,7 @@ MAX_JSON_DEPTH = 100  # ComfyUI's own graphs nest 5 deep; deeper ones only serve
 TIMINGS = ("queue_ms", "preprocess_ms", "generation_ms", "postprocess_ms")
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class Job:
     """A request on its way to its answer: checked, so that nothing downstream has to check it again."""
 
@@ -302,11 +311,6 @@ def _check(value: Any, left: int) -> None:
             _check(each, left - 1)
 
 
-def invalid(message: str, type: str = "invalid_request", **details: Any) -> JobError:
-    """A request that is not in order."""
-    return JobError(400, type, message, **details)
-
-
 read_request_id = matching(  # it becomes a part of an S3 key
     r"(?!\.)[A-Za-z0-9._-]{1,128}", "a string of 1 to 128 characters out of A-Z a-z 0-9 . _ - and not start with a dot"
 )
@@ -327,17 +331,26 @@ def read_graph(graph: Any) -> Graph:
     return {node_id: fill_random(node) for node_id, node in graph.items()}
 
 
+def change_text(value: Any, change: Callable[[str], Any]) -> Any:
+    """A copy of the JSON value with what `change` makes of each text in it."""
+    if isinstance(value, dict):
+        return {name: change_text(each, change) for name, each in value.items()}
+    if isinstance(value, list):
+        return [change_text(each, change) for each in value]
+    return change(value) if isinstance(value, str) else value
+
+
 def fill_random(value: Any) -> Any:
     """A copy of the value, its placeholders replaced by fresh integers in 0 … 2³²-1, as text where they are in text."""
-    if isinstance(value, dict):
-        return {name: fill_random(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [fill_random(each) for each in value]
-    if value == RANDOM_INT:
-        return random.getrandbits(32)
-    if isinstance(value, str) and RANDOM_INT in value:
-        return re.sub(RANDOM_INT, lambda _: str(random.getrandbits(32)), value)
-    return value
+
+    def fill(text: str) -> str | int:
+        return (
+            random.getrandbits(32)
+            if text == RANDOM_INT
+            else re.sub(RANDOM_INT, lambda _: str(random.getrandbits(32)), text)
+        )
+
+    return change_text(value, fill)
 
 
 INPUT_FIELDS: dict[str, Reader] = {
@@ -348,10 +361,13 @@ INPUT_FIELDS: dict[str, Reader] = {
     "s3": read_object,
     "webhook": read_object,
     "return_outputs_as_base64": read_flag,
-    "comfy_org_api_key": read_text,
+    "comfy_org_api_key": read_plain,
 }
-S3_FIELDS = dict.fromkeys(("access_key_id", "secret_access_key", "bucket_name", "region"), read_plain)
-S3_FIELDS["endpoint_url"] = read_url
+S3_FIELDS = {
+    **dict.fromkeys(("access_key_id", "secret_access_key", "region"), read_plain),
+    "bucket_name": matching(r"[A-Za-z0-9._-]{3,255}", "the name of a bucket"),  # an ARN would choose another endpoint
+    "endpoint_url": read_url,
+}
 WEBHOOK_FIELDS = {"url": read_url, "extra_params": read_object, "secret": read_signing_key, "timeout": read_timeout}
 
 
@@ -459,6 +475,7 @@ PROBE_EVERY_SECONDS = 1
 FLAP_SECONDS = 10  # a failure shorter than this is not worth taking a worker out of rotation
 RECONNECT_SECONDS = 0.5
 SILENCE_SECONDS = 10  # without a message for so long, history and queue are looked up
+LOOK_UP_TIMEOUT_SECONDS = 10  # a ComfyUI that keeps silent for so long counts as away
 LOOK_UP_SECONDS = 1  # between look-ups of a prompt that no connection tells about
 FAULT = re.compile(  # the errors after which, in the words of CUDA's documentation, the process must be relaunched
     r"(CUDA|HIP) error: (an illegal|device-side assert|unspecified launch|misaligned|invalid program counter|hardware"
@@ -471,9 +488,10 @@ def understanding() -> Iterator[None]:
     """Turns what reading an answer of unknown shape raises into the 502 comfyui_error."""
     try:
         yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        log.exception("ComfyUI answered with something that cannot be used")
-        raise JobError(502, "comfyui_error", "ComfyUI answered with something that cannot be used") from None
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise JobError(
+            502, "comfyui_error", f"ComfyUI answered with something that makes no sense: {error!r}"
+        ) from None
 
 
 class ComfyUI:
@@ -524,7 +542,8 @@ class ComfyUI:
 
     def clear_cache(self) -> None:
         """Has ComfyUI forget what it has made, and unload its models."""
-        self._exchange("/free", {"free_memory": True})
+        with contextlib.suppress(*CONNECTION_LOST):  # of one that has died there is nothing to clear
+            self._exchange("/free", {"free_memory": True})
 
     # the websocket
 
@@ -539,16 +558,15 @@ class ComfyUI:
                     log.warning("lost the connection to ComfyUI: %s", error)
                 self._client_id = ""
                 self._failing_since = self._failing_since or time.monotonic()
-                self._tell_job({"type": "connection_lost"})
+                self._tell_job("connection_lost")
             pause.wait(RECONNECT_SECONDS)  # nobody tells when a server comes up
 
     def _follow(self) -> None:
         with contextlib.closing(self._connect()) as connection:
             for frame in iter(connection.recv, ""):
                 message = json.loads(frame) if isinstance(frame, str) else {}  # bytes are a preview
-                about = message.get("data") if isinstance(message, dict) else None
-                if isinstance(about, dict):  # custom nodes send what they like
-                    self._tell_job(message, about.get("prompt_id", ""))
+                with contextlib.suppress(AttributeError, KeyError, TypeError):  # custom nodes send what they like
+                    self._tell_job(str(message["type"]), message["data"], message["data"]["prompt_id"])
         raise ConnectionError("ComfyUI closed the websocket")
 
     def _connect(self) -> websocket.WebSocket:
@@ -564,16 +582,16 @@ class ComfyUI:
         if self._fault and not self._get(f"/history/{self._fault}"):  # it has restarted
             self._fault = ""
         self._socket, self._client_id, self._was_up, self._failing_since = made, client_id, True, 0
-        self._tell_job({"type": "connected"})
+        self._tell_job("connected")
         log.info("connected to ComfyUI %s on %s at %s", version, self._about["device"], self.url)
         if [int(part) for part in re.findall(r"\d+", version)[:3]] < [*OLDEST_COMFYUI]:
             log.error("this ComfyUI is too old: update it to 0.3.45 or later, which lets a caller choose the prompt id")
         return made
 
-    def _tell_job(self, message: Message, prompt_id: str | None = None) -> None:
+    def _tell_job(self, type: str, about: Any = None, *prompt_id: str) -> None:
         job = self._job
-        if job and prompt_id in (None, job.prompt_id):
-            job.inbox.put(message)
+        if job and prompt_id in ((), (job.prompt_id,)):
+            job.inbox.put({"type": type, "data": about})
 
     # running a prompt
 
@@ -583,35 +601,37 @@ class ComfyUI:
         Raises JobError: workflow_rejected, timeout, cancelled, comfyui_lost, comfyui_error, or the error of `job.stop`.
         """
         self._job = job
+        is_owed = False  # a prompt that ComfyUI may have and nobody will wait for
         try:
             for _ in range(2):
-                self._submit(job)
-                if entry := self._wait(job):
-                    error = failure(entry)
-                    if error and FAULT.match(error.details.get("exception_message", "")):
-                        log.error("job %s has broken the GPU; nothing runs until ComfyUI restarts", job.request_id)
-                        self._fault, self._failing_since = job.prompt_id, time.monotonic()
+                is_lost = self._submit(job)
+                is_owed = True
+                if entry := self._wait(job, is_lost):
+                    is_owed = False
+                    self._note_fault(job, failure(entry))
                     return entry
                 log.warning("job %s: ComfyUI has lost its prompt", job.request_id)
-        except JobError as error:
-            if error.type != "workflow_rejected":
-                self._stop_prompt(job)
-            raise
         finally:
             self._job = None
+            if is_owed:
+                self._stop_prompt(job)
         raise JobError(502, "comfyui_lost", "ComfyUI died twice under this job: it may be the job that kills it")
 
-    def _submit(self, job: Job) -> None:
-        """Posts the prompt once there is a connection that will hear of it, and a GPU that works."""
+    def _note_fault(self, job: Job, error: JobError | None) -> None:
+        if error and FAULT.match(error.details.get("exception_message", "")):
+            log.error("job %s has broken the GPU; nothing runs until ComfyUI restarts", job.request_id)
+            self._fault, self._failing_since = job.prompt_id, time.monotonic()
+
+    def _submit(self, job: Job) -> bool:
+        """Posts the prompt once a connection will hear of it and the GPU works; returns whether its answer was lost."""
         while not self._client_id or self._fault:
             job.next_message(self._patience())  # "connected", perhaps
         key = {"api_key_comfy_org": job.settings.comfy_org_api_key} if job.settings.comfy_org_api_key else {}
         about = {"prompt_id": job.prompt_id, "client_id": self._client_id, "extra_data": key}
         try:
             status, answer = self._exchange("/prompt", {"prompt": job.workflow, **about})
-        except CONNECTION_LOST:  # nobody knows whether it was taken
-            job.inbox.put({"type": "connection_lost"})
-            return
+        except CONNECTION_LOST:
+            return True
         with understanding():
             if status == 400:
                 raise self._rejection(answer["error"], answer.get("node_errors") or {}, job.workflow)
@@ -620,30 +640,37 @@ class ComfyUI:
             if answer.get("node_errors"):
                 dropped = self._complaints(answer["node_errors"], job.workflow)
                 job.warnings.append(f"ComfyUI dropped the outputs that depend on invalid nodes: {dropped}")
+        return False
 
-    def _wait(self, job: Job) -> dict[str, Any] | None:
+    def _wait(self, job: Job, is_lost: bool) -> dict[str, Any] | None:
         """The prompt's history entry once it has ended; None when ComfyUI lost the prompt with its connection."""
-        lost = False
         limit = self.settings.job_timeout or threading.TIMEOUT_MAX
-        deadline = time.monotonic() + limit
+        deadline = time.monotonic() + limit if is_lost else float("inf")
         while True:
             if (left := deadline - time.monotonic()) <= 0:
                 raise JobError(504, "timeout", f"the job took more than the {limit:g} s of JOB_TIMEOUT")
-            message = job.next_message(min(left, LOOK_UP_SECONDS if lost else SILENCE_SECONDS))
-            lost = lost or message == {"type": "connection_lost"}
+            message = job.next_message(min(left, LOOK_UP_SECONDS if is_lost else SILENCE_SECONDS))
+            kind, about = (message["type"], message["data"]) if message else ("silence", {})
+            is_lost = is_lost or kind == "connection_lost"
+            if kind in ("execution_start", "connection_lost"):
+                deadline = min(deadline, time.monotonic() + limit)
             # it sends "node": null once a prompt has ended and its history is written
-            if message and not lost and (message["type"] != "executing" or message["data"].get("node", "") is not None):
+            is_end = kind == "executing" and about.get("node", "") is None
+            if not is_end and kind not in ("silence", "connection_lost", "connected"):
                 continue
             try:
                 found = self._look_up(job.prompt_id)
+                self._failing_since = 0 if self._client_id else self._failing_since
             except CONNECTION_LOST:
-                lost = found = bool(self._patience())
+                self._failing_since = self._failing_since or time.monotonic()
+                self._patience()
+                is_lost = found = True
                 deadline = time.monotonic() + limit  # its time on the GPU begins anew
             if isinstance(found, dict):
-                if not message and not lost and self._socket:
-                    self._socket.abort()  # type: ignore[no-untyped-call]  # it kept silent about the end: another is opened
+                if kind == "silence" and not is_lost and self._socket:
+                    self._socket.abort()  # type: ignore[no-untyped-call]  # it did not tell: another one is opened
                 return found
-            if not found and not lost:
+            if not found and not is_lost:
                 raise JobError(499, "cancelled", "the job was deleted from ComfyUI's queue")
             if not found:
                 return None
@@ -652,22 +679,25 @@ class ComfyUI:
     def _look_up(self, prompt_id: str) -> dict[str, Any] | bool:
         """The prompt's history entry; else whether it is in the queue."""
         for _ in range(2):  # it may end between the two questions
-            if entry := self._get(f"/history/{prompt_id}").get(prompt_id):
+            if entry := self._get(f"/history/{prompt_id}", LOOK_UP_TIMEOUT_SECONDS).get(prompt_id):
                 return dict(entry)
-            queued = self._get("/queue")
+            queued = self._get("/queue", LOOK_UP_TIMEOUT_SECONDS)
             if any(item[1] == prompt_id for items in queued.values() for item in items):
                 return True
         return False
 
     def _stop_prompt(self, job: Job) -> None:
         """Takes the prompt off ComfyUI: out of its queue, or off the GPU."""
-        try:
-            self._exchange("/queue", {"delete": [job.prompt_id]})
-            # looked up first: versions before the targeted form interrupt whoever runs
-            if self._look_up(job.prompt_id) is True:
-                self._exchange("/interrupt", {"prompt_id": job.prompt_id})
-        except (*CONNECTION_LOST, JobError) as error:
-            log.warning("job %s could not be stopped in ComfyUI: %s", job.request_id, error)
+        for _ in range(3):
+            try:
+                self._exchange("/queue", {"delete": [job.prompt_id]}, LOOK_UP_TIMEOUT_SECONDS)
+                # looked up first: versions before the targeted form interrupt whoever runs
+                if self._look_up(job.prompt_id) is True:
+                    self._exchange("/interrupt", {"prompt_id": job.prompt_id}, LOOK_UP_TIMEOUT_SECONDS)
+                return
+            except (*CONNECTION_LOST, JobError) as error:
+                log.warning("job %s could not be stopped in ComfyUI: %s", job.request_id, error)
+            threading.Event().wait(RECONNECT_SECONDS)
 
     def _patience(self) -> float:
         """The seconds that ComfyUI may still stay away; comfyui_lost when there are none left."""
@@ -682,7 +712,8 @@ class ComfyUI:
     @contextlib.contextmanager
     def open(self, output: Output) -> Iterator[http.client.HTTPResponse]:
         """Opens one file that ComfyUI's history names, and notes its mimetype and size (bytes) in `output`."""
-        query = urllib.parse.urlencode({name: output[name] for name in FILE})
+        with understanding():
+            query = urllib.parse.urlencode({name: output[name] for name in FILE})
         with request(f"{self.url}/view?{query}", None, HTTP_SECONDS) as response:
             if response.status == 404:
                 raise JobError(502, "output_missing", f"{output['filename']} is no longer on ComfyUI's disk")
@@ -696,7 +727,7 @@ class ComfyUI:
     def _exchange(self, path: str, body: Any = None, seconds: float = HTTP_SECONDS) -> tuple[int, Any]:
         """The status and the JSON body, None where it is none."""
         data = None if body is None else json.dumps(body).encode()
-        with request(self.url + path, data, seconds) as response, contextlib.suppress(ValueError):
+        with request(self.url + path, data, seconds) as response, contextlib.suppress(ValueError, RecursionError):
             return response.status, json.load(response, parse_constant=lambda _: None)  # JSON has no NaN
         return response.status, None
 
@@ -723,7 +754,7 @@ class ComfyUI:
         details = str(error.get("details", ""))
         if error["type"] == "value_not_in_list":
             name, value = error["extra_info"]["input_name"], error["extra_info"].get("received_value")
-            with contextlib.suppress(JobError, *CONNECTION_LOST):  # ComfyUI's own words leave longer lists out
+            with contextlib.suppress(JobError):  # ComfyUI's own words leave longer lists out
                 choices = self.choices(class_type, name)
                 listed = ", ".join(choices[:50]) + (f" and {len(choices) - 50} more" if len(choices) > 50 else "")
                 is_file = isinstance(value, str) and re.search(r"\.\w{2,12}$", value)
@@ -735,7 +766,10 @@ class ComfyUI:
     @understanding()
     def choices(self, class_type: str, name: str) -> list[str]:
         """What ComfyUI offers for that input of a node."""
-        inputs = self._get(f"/object_info/{urllib.parse.quote(class_type, safe='')}")[class_type]["input"]
+        try:
+            inputs = self._get(f"/object_info/{urllib.parse.quote(class_type, safe='')}")[class_type]["input"]
+        except CONNECTION_LOST:
+            raise not_ready("unreachable") from None
         # [[choice, …], {…}] or, as newer nodes have it, ["COMBO", {"options": [choice, …]}]
         kind, *options = {**inputs.get("required", {}), **inputs.get("optional", {})}[name]
         return [str(each) for each in (kind if isinstance(kind, list) else options[0]["options"])]
@@ -769,27 +803,28 @@ def failure(entry: dict[str, Any]) -> JobError | None:
 def read_outputs(entry: dict[str, Any], graph: Graph) -> list[Output]:
     """Every file and text of a history entry: nodes in the graph's order, then those that ComfyUI made up itself."""
     outputs: dict[str, Any] = entry.get("outputs") or {}
-    found: list[Output] = []
-    for node_id in [id for id in graph if id in outputs] + sorted(outputs.keys() - graph.keys()):
-        for kind, items in outputs[node_id].items():
-            where = {"node_id": node_id, "output_type": kind}
-            if kind == "text":
-                found.append({**where, "value": items})
-            for item in items if isinstance(items, list) else []:
-                if isinstance(item, dict) and item.get("filename"):  # the rest are flags
-                    found.append({**{name: str(item.get(name) or FILE[name]) for name in FILE}, **where})
-    return found
+    order = [id for id in graph if id in outputs] + sorted(outputs.keys() - graph.keys())
+    return [read for id in order for kind, items in outputs[id].items() for read in _read_items(id, kind, items)]
 
 
-_ROOT = r"(?:file:/*|[A-Za-z]:(?=[\\/])|\\\\|/)"  # of an absolute path: POSIX, Windows, its network, or as a URL
+def _read_items(node_id: str, kind: str, items: Any) -> list[Output]:
+    where = {"node_id": node_id, "output_type": kind}
+    if kind == "text":
+        return [{**where, "value": items}]
+    listed = items if isinstance(items, list) else []
+    files = [item for item in listed if isinstance(item, dict) and item.get("filename")]  # the rest are flags
+    return [{**{name: str(item.get(name) or FILE[name]) for name in FILE}, **where} for item in files]
+
+
+_ROOT = r"(?:file:/*|[A-Za-z]:(?=[\\/])|\\\\|/(?!/))"  # of an absolute path: POSIX, Windows, its network, or as a URL
 _QUOTED_PATH = re.compile(rf"""(['"]){_ROOT}[^'"]*[/\\]([^'"/\\]+)\1""")  # may have spaces in it
-_PATH = re.compile(rf"""(?<![\w./:<-]){_ROOT}(?:[^/\\\s'"]*[/\\])+([^/\\\s'"]*)""")
+_PATH = re.compile(rf"""(?<![\w./-]){_ROOT}(?:[^/\\\s'"]*[/\\])+([^/\\\s'"]*)""")
 
 
 def scrub(value: Any) -> Any:
     """ComfyUI's words, fit for an answer: without tracebacks, absolute paths cut to the file's name."""
     if isinstance(value, dict):
-        return {name: scrub(each) for name, each in value.items() if name != "traceback"}
+        return {scrub(name): scrub(each) for name, each in value.items() if name != "traceback"}
     if isinstance(value, list):
         return [scrub(each) for each in value]
     if isinstance(value, str):
@@ -811,8 +846,13 @@ def deliver(job: Job, outputs: list[Output], comfyui: ComfyUI) -> JobError | Non
     if not job.outputs and not failure(job.entry):
         made = "only previews (type temp), which are not delivered" if outputs else "no outputs"
         job.warnings.append(f"the job made {made}; use a node that saves, such as SaveImage")
-    errors = [_deliver_file(job, output, comfyui) for output in job.outputs if "filename" in output]
-    return next(filter(None, errors), None)
+    first = None
+    for output in job.outputs:
+        error = _deliver_file(job, output, comfyui) if "filename" in output else None
+        first = first or error
+        if error and error.type == "comfyui_lost":
+            break
+    return first
 
 
 def _deliver_file(job: Job, output: Output, comfyui: ComfyUI) -> JobError | None:
@@ -849,8 +889,9 @@ def _upload(job: Job, output: Output, comfyui: ComfyUI) -> JobError | None:
     try:
         with comfyui.open(output) as file:
             client.upload_fileobj(file, *where.values(), {"ContentType": output["mimetype"]}, Config=config)
-    except (BotoCoreError, ClientError, KeyError) as error:  # KeyError: of an answer that is no S3's
-        output["upload_error"] = job.settings.without_keys(str(error))
+    # the rest: what boto3 trips over in answers that are no S3's, and in redirects without end
+    except (BotoCoreError, ClientError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        output["upload_error"] = _without_keys(str(error), job.settings)
         return JobError(502, "upload_failed", f"S3 did not take {output['filename']}: {output['upload_error']}")
     output["url"] = client.generate_presigned_url("get_object", where, job.settings.s3_url_expires)
     output.pop("upload_error", None)  # of a try before this one
@@ -875,7 +916,7 @@ def s3_client(settings: Settings) -> Any:
     except ImportError:  # not every worker needs S3
         raise invalid("this worker cannot use S3: its operator has to pip install boto3") from None
     except ValueError as error:
-        raise invalid(f"the S3 settings cannot be used: {settings.without_keys(str(error))}") from None
+        raise invalid(f"the S3 settings cannot be used: {_without_keys(str(error), settings)}") from None
 
 
 @functools.lru_cache(maxsize=32)  # making a client takes 100 ms; threads can share it
@@ -910,6 +951,12 @@ def _s3_client(
     )
 
 
+def _without_keys(text: str, settings: Settings) -> str:
+    for key in filter(None, (settings.s3_secret_access_key, settings.s3_access_key_id)):
+        text = text.replace(key, "***")
+    return str(scrub(re.sub(r"(?i)(signature=)[\w%]+", r"\1***", text)))
+
+
 def post_webhook(settings: Settings, message_id: str, body: bytes) -> str:
     """One try, signed after the Standard Webhooks specification; 'delivered', 'refused', or 'failed': worth a retry."""
     timestamp = str(int(time.time()))
@@ -927,11 +974,11 @@ def post_webhook(settings: Settings, message_id: str, body: bytes) -> str:
             status = response.status
     except (*CONNECTION_LOST, UnicodeError):  # of a name that cannot be looked up
         return "failed"
-    return "delivered" if status < 300 else "failed" if status in (408, 429) or status >= 500 else "refused"
+    return "delivered" if 200 <= status < 300 else "failed" if status in (408, 429) or status >= 500 else "refused"
 
 
 def deliver_webhook(settings: Settings, message_id: str, body: bytes) -> None:
-    """Posts the message until its receiver takes or refuses it, five times at most: takes 13 minutes at the longest."""
+    """Posts the message until its receiver takes or refuses it, five times at most, over ten minutes or more."""
     pause = threading.Event()
     for seconds in (*WEBHOOK_PAUSES_SECONDS, None):
         outcome = post_webhook(settings, message_id, body)
@@ -945,6 +992,7 @@ def deliver_webhook(settings: Settings, message_id: str, body: bytes) -> None:
 
 # Worker ###############################################################################################################
 
+TURN: Message = {"type": "turn"}
 CANCEL_SECONDS = 10  # that cancelled jobs get to be answered before the worker exits
 
 
@@ -970,7 +1018,8 @@ class Line:
             self._call_first()
         try:
             with job.timed("queue_ms"):
-                job.next_message()  # "turn"
+                while job.next_message() != TURN:  # there may be old news in the inbox of a job that is run again
+                    pass
             yield
         finally:
             with self._lock:
@@ -980,7 +1029,7 @@ class Line:
     def _call_first(self) -> None:
         if self.jobs and not self.jobs[0].has_turn:
             self.jobs[0].has_turn = True
-            self.jobs[0].inbox.put({"type": "turn"})
+            self.jobs[0].inbox.put(TURN)
 
     def close(self) -> None:
         """Gives every waiting job back and takes no more; the running one goes on."""
@@ -988,14 +1037,6 @@ class Line:
             self._is_closed = True
             for job in self.jobs[1:]:
                 job.stop(not_ready("stopping"))
-
-
-def not_ready(state: str) -> JobError:
-    """What a worker answers to a job that it cannot begin."""
-    if state == "stopping":
-        return JobError(503, "shutting_down", "the worker is stopping; send the job again, to another one or later")
-    trouble = {"starting": "is not up yet", "faulted": "has lost its GPU and has to be restarted"}
-    return JobError(503, "comfyui_unavailable", f"ComfyUI {trouble.get(state, 'does not answer')}; try again later")
 
 
 class Clients:
@@ -1059,9 +1100,6 @@ class Worker:
             self._process(job)
         except JobError as failed:
             error = failed
-        except CONNECTION_LOST as lost:  # to ComfyUI; while it runs the job, ComfyUI.run sees to it
-            gone = JobError(502, "comfyui_lost", f"ComfyUI went away: {lost}")
-            error = gone if job.was_accepted else not_ready("unreachable")
         except Exception:  # a bug of ours must not cost the client its answer, nor the webhook its message
             log.exception("job %s met a bug of the worker", job.request_id)
             error = JobError(500, "internal_error", "the worker failed; its log says why")
@@ -1094,7 +1132,10 @@ class Worker:
 
     def _run(self, job: Job) -> JobError | None:
         with self._clients.watch(job), self._line.turn(job), job.timed("generation_ms"):
-            job.entry = _without_key(self.comfyui.run(job), job.settings.comfy_org_api_key)
+            job.entry = self.comfyui.run(job)
+        if key := job.settings.comfy_org_api_key:  # partner nodes are given it, and may show it under any name
+            told = change_text(job.entry, lambda text: text.replace(key, "***"))
+            job.entry = {**told, "outputs": job.entry.get("outputs")}  # whose names have to stay
         with job.timed("postprocess_ms"):
             undelivered = deliver(job, read_outputs(job.entry, job.workflow), self.comfyui)
         return failure(job.entry) or undelivered
@@ -1117,8 +1158,10 @@ class Worker:
         body = json.dumps({**answer, "extra": job.extra_params}).encode()
 
         def deliver() -> None:
-            deliver_webhook(job.settings, job.prompt_id, body)
-            self.begin(-1)
+            try:
+                deliver_webhook(job.settings, job.prompt_id, body)
+            finally:
+                self.begin(-1)
 
         self.begin()
         threading.Thread(target=deliver, name="webhook", daemon=True).start()
@@ -1160,14 +1203,8 @@ class Worker:
             if not self._changed.wait_for(lambda: not self._under_way, grace):
                 for job in self._line.jobs[:1]:
                     job.stop(JobError(499, "cancelled", "the worker had to stop before the job ended"))
-                self._changed.wait_for(lambda: not self._under_way, CANCEL_SECONDS)
+                    self._changed.wait_for(lambda: not self._under_way, CANCEL_SECONDS)
         log.info("stopped with %d requests and webhooks under way", self._under_way)
-
-
-def _without_key(entry: dict[str, Any], key: str) -> dict[str, Any]:
-    """The history entry without the key that partner nodes were given, which they may name as they like."""
-    words = json.dumps(key)[1:-1]
-    return dict(json.loads(json.dumps(entry).replace(words, "***"))) if words else entry
 
 
 def load_modifiers() -> Any:
@@ -1222,7 +1259,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         # a head that http.server half understands hides where the next request begins
-        malformed = bool(self.headers.defects) or any(name != name.strip() for name in self.headers)
+        has_defect = any(
+            "Header" in type(each).__name__ for each in self.headers.defects
+        )  # others are of multipart bodies
+        malformed = has_defect or any(name != name.strip() for name in self.headers)
         lengths = self.headers.get_all("Content-Length", ["0"])
         self.owes_body = malformed or lengths != ["0"] or "Transfer-Encoding" in self.headers
         self.server.worker.begin()
@@ -1306,7 +1346,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What http.server itself refuses (a malformed or oversized head), in the shape of every other answer."""
-        self.close_connection = True
+        self.close_connection = self.owes_body = True
         self.request_version = self.protocol_version  # http.server answers a line that it cannot read without a head
         self._send(code, envelope(Job(), JobError(code, "invalid_request", f"the request cannot be read: {message}")))
 

@@ -958,6 +958,8 @@ class Tunnel:
         with contextlib.suppress(OSError):
             while chunk := source.recv(1 << 16):
                 said += b"" if is_answer else chunk
+                if not is_answer and not self.hears(bytes(said)):
+                    break
                 passed = self.inspect(bytes(said), chunk) if is_answer else chunk
                 sink.sendall(passed)
                 if len(passed) < len(chunk):
@@ -969,6 +971,10 @@ class Tunnel:
     def carries(self, request: bytes) -> bool:
         """Whether a connection is open on which that request was made."""
         return any(said.startswith(request) for *_, said in self._pairs)
+
+    def hears(self, said: bytes) -> bool:
+        """Whether what the client has said may pass; where it may not, the connection ends."""
+        return True
 
     def inspect(self, said: bytes, answer: bytes) -> bytes:
         """What may pass of an answer to what the client has said; where it is less, the connection ends there."""
@@ -1234,6 +1240,8 @@ BROKEN_RULES = [
     ({"s3": "bucket"}, "s3 has to be an object"),
     ({"webhook": "http://example.com"}, "webhook has to be an object"),
     ({"webhook": {"url": "example.com"}}, "webhook.url has to be an http:// or https:// URL"),
+    ({"webhook": {"url": "http://user:password@example.com"}}, "webhook.url has to be an http:// or https:// URL"),
+    ({"webhook": {"url": "http://a..b/"}}, "webhook.url has to be an http:// or https:// URL"),
     ({"webhook": {"url": "http://[x"}}, "webhook.url has to be an http:// or https:// URL"),
     ({"webhook": {"url": "http://example.com/\r\nX: y"}}, "webhook.url has to be an http:// or https:// URL"),
     ({"webhook": {"url": "http://example.com", "timeout": "30"}}, "webhook.timeout has to be a number"),
@@ -1246,14 +1254,15 @@ BROKEN_RULES = [
     ({"webhook": {"url": "http://example.com", "secret": "whsec_"}}, "webhook.secret has to be 'whsec_' and base64"),
     ({"s3": {"access_key_id": "a"}}, "come in pairs"),
     ({"s3": {"access_key_id": "a\n", "secret_access_key": "b"}}, "s3.access_key_id has to be a string in plain ASCII"),
-    ({"s3": {"bucket_name": "b\u00fccket"}}, "s3.bucket_name has to be a string in plain ASCII"),
+    ({"s3": {"bucket_name": "b\u00fccket"}}, "s3.bucket_name has to be the name of a bucket"),
     (
-        {"s3": {"bucket_name": "b", "region": "no/where", "access_key_id": "a", "secret_access_key": "b"}},
+        {"s3": {"bucket_name": "bbb", "region": "no/where", "access_key_id": "a", "secret_access_key": "b"}},
         "cannot be used",
     ),
     ({"s3": {"access_key_id": "a", "secret_access_key": "b"}}, "s3 needs a bucket"),
-    ({"s3": {"bucket_name": "b"}}, "this worker has no keys for it"),
-    ({"s3": {"bucket_name": "b", "endpoint_url": "http://127.0.0.1:1"}}, "needs its own s3.access_key_id"),
+    ({"s3": {"bucket_name": "arn:aws:s3::123456789012:accesspoint/x.mrap"}}, "has to be the name of a bucket"),
+    ({"s3": {"bucket_name": "bbb"}}, "this worker has no keys for it"),
+    ({"s3": {"bucket_name": "bbb", "endpoint_url": "http://127.0.0.1:1"}}, "needs its own s3.access_key_id"),
 ]
 
 
@@ -1441,10 +1450,12 @@ def test_a_node_that_raises_is_named_without_paths_and_traceback(worker: Worker)
     assert "traceback" not in answer.body.decode() and os.environ["COMFYUI_INPUT"] not in answer.body.decode()
 
 
-def test_the_key_of_partner_nodes_is_in_no_answer() -> None:
-    entry = {"a": [{"current_inputs": {"comfy_api_key": ['a "secret" key']}}], "text": 'with a "secret" key'}
-    assert "secret" not in json.dumps(pyworker._without_key(entry, 'a "secret" key'))
-    assert pyworker._without_key(entry, "") == entry
+@pytest.mark.parametrize("key", ["a-secret-key", "e", "status", "true"])
+def test_the_key_of_partner_nodes_is_in_no_answer(worker: Worker, key: str) -> None:
+    job = {"workflow_json": picture(), "comfy_org_api_key": key}
+    answer = worker.post(job, {"X-Include-ComfyUI-Response": "1"})
+    assert answer.status == 200 and len(answer.files) == 1, answer.json
+    assert "a-secret-key" not in json.dumps(answer.json["comfyui_response"]), "ComfyUI tells what it was given"
 
 
 def test_out_of_memory_is_told_apart() -> None:
@@ -1458,6 +1469,7 @@ SCRUBBED = [
     ("cannot open '/workspace/my models/a b.png'", "cannot open 'a b.png'"),
     ("no /workspace/ComfyUI/input/broken.png there", "no broken.png there"),
     (r"no C:\Users\me\input\broken.png there", "no broken.png there"),
+    ("error:/srv/models/a.ckpt </srv/models/b.ckpt>", "error:a.ckpt <b.ckpt>"),
     ("see https://example.com/a/b and 1/2 or and/or", "see https://example.com/a/b and 1/2 or and/or"),
     ({"traceback": ["x"], "a": [{"b": "/x/y/z"}]}, {"a": [{"b": "z"}]}),
     ("at file:///srv/models/a.ckpt or C:/models/b.ckpt", "at a.ckpt or b.ckpt"),
@@ -1500,6 +1512,17 @@ def test_a_job_above_its_time_is_taken_off_the_gpu(start: Callable[..., Worker],
     assert (answer.status, answer.error["type"], answer.json["status"]) == (504, "timeout", "timeout")
     wait_for("ComfyUI no longer works on it", lambda: not running_prompts(comfyui_url))
     assert limited.post({"workflow_json": picture()}).status == 200
+
+
+def test_time_behind_another_prompt_is_no_time_on_the_gpu(start: Callable[..., Worker], comfyui_url: str) -> None:
+    limited = start(JOB_TIMEOUT=1)
+    fetch(f"{comfyui_url}/prompt", {"prompt": fill(long_job(5000)), "prompt_id": "in-the-way"})
+    job = in_background(limited.post, {"workflow_json": picture()})
+    wait_for("the job waits in ComfyUI", lambda: fetch(f"{comfyui_url}/queue").json["queue_pending"])
+    with pytest.raises(TimeoutError):
+        job.result(2)
+    fetch(f"{comfyui_url}/interrupt", {"prompt_id": "in-the-way"})
+    assert job.result(60).status == 200
 
 
 def test_a_worker_waits_for_a_comfyui_that_comes_up_later(start: Callable[..., Worker], comfyui_url: str) -> None:
@@ -1553,6 +1576,20 @@ def test_a_comfyui_that_stays_away_fails_the_job(start: Callable[..., Worker], c
     answer = job.result(60)
     fetch(f"{comfyui_url}/interrupt", {})
     assert (answer.status, answer.error["type"]) == (502, "comfyui_lost")
+
+
+def test_a_comfyui_that_is_frozen_counts_as_away(start: Callable[..., Worker], tmp_path: pathlib.Path) -> None:
+    code = "import pyworker; pyworker.LOOK_UP_TIMEOUT_SECONDS = pyworker.SILENCE_SECONDS = 1; pyworker.main()"
+    port = free_port()
+    with stand_in_process(port, tmp_path) as comfyui:
+        url = f"http://127.0.0.1:{port}"
+        behind = start(command=("-c", code), COMFYUI_API_BASE=url, COMFYUI_RETURN_TIMEOUT=3, JOB_TIMEOUT=60)
+        job = in_background(behind.post, {"workflow_json": long_job(5000)})
+        wait_for("the job runs", lambda: running_prompts(url))
+        comfyui.send_signal(signal.SIGSTOP)
+        answer = job.result(60)
+        comfyui.send_signal(signal.SIGCONT)
+        assert (answer.status, answer.error["type"]) == (502, "comfyui_lost"), answer.json
 
 
 def test_comfyui_is_reached_directly_whatever_proxy_is_set(start: Callable[..., Worker]) -> None:
@@ -1942,10 +1979,12 @@ def test_a_bug_is_answered_without_its_traceback(start: Callable[..., Worker], t
         shutil.copy(HERE / name, tmp_path)
     with (tmp_path / "modifiers.py").open("a") as modifiers:
         modifiers.write("\n\n@modifier\ndef Broken() -> Graph:\n    raise KeyError('a bug')\n")
+        modifiers.write("\n\n@modifier\ndef Missing() -> Graph:\n    open('/nonexistent')\n")
     buggy = start(command=(str(tmp_path / "pyworker.py"),))
     answer = buggy.post({"modifier": "Broken"})
     assert (answer.status, answer.error["type"]) == (500, "internal_error")
     assert "KeyError" not in answer.body.decode() and buggy.logged("KeyError: 'a bug'")
+    assert buggy.post({"modifier": "Missing"}).error["type"] == "internal_error", "ComfyUI is not to blame"
     assert buggy.post({"workflow_json": picture()}).status == 200
 
 
@@ -1996,6 +2035,44 @@ def test_a_connection_cut_twenty_times_runs_the_job_once(start: Callable[..., Wo
     answer = job.result(120)
     assert answer.status == 200 and len(answer.files) == 1, answer.json
     assert len(fetch(f"{comfyui_url}/history").json) == before + 1
+
+
+class ForgetfulTunnel(Tunnel):
+    """Drops the first requests that begin so, before ComfyUI has them."""
+
+    def __init__(self, url: str, request: bytes, times: int = 1) -> None:
+        self.request, self.times = request, times
+        super().__init__(url)
+
+    def hears(self, said: bytes) -> bool:
+        if not self.times or not said.startswith(self.request):
+            return True
+        self.times -= 1
+        return False
+
+
+def test_a_prompt_is_stopped_though_a_request_was_lost(start: Callable[..., Worker], comfyui_url: str) -> None:
+    tunnel = ForgetfulTunnel(comfyui_url, b"POST /queue")
+    behind = start(COMFYUI_API_BASE=tunnel.url)
+    connection = connect(behind, {"workflow_json": long_job(5000)})
+    wait_for("the job runs", lambda: running_prompts(comfyui_url))
+    connection.close()
+    wait_for("the prompt is off the GPU", lambda: not running_prompts(comfyui_url))
+    assert tunnel.times == 0
+
+
+@pytest.mark.parametrize("request_line", [b"POST /prompt", b"GET /history", b"POST /free"])
+def test_a_request_to_comfyui_that_is_lost_costs_no_job(
+    start: Callable[..., Worker], comfyui_url: str, request_line: bytes
+) -> None:
+    tunnel = ForgetfulTunnel(comfyui_url, request_line)
+    behind = start(COMFYUI_API_BASE=tunnel.url)
+    graph = picture()
+    first = behind.post({"workflow_json": graph}).files[0]
+    pathlib.Path(os.environ["COMFYUI_INPUT"]).parent.joinpath("output", first["filename"]).unlink()
+    answer = behind.post({"workflow_json": graph})  # so that it is run again, after POST /free
+    assert answer.status == 200 and answer.files[0]["data"] == first["data"], answer.json
+    assert tunnel.times == 0
 
 
 class SilentTunnel(Tunnel):
@@ -2286,13 +2363,19 @@ class FaultyServer(Tunnel):
         self.times -= 1
         if self.how == "hangs":
             threading.Event().wait(30)
+        if self.how == "redirects":
+            return (
+                b"HTTP/1.1 307 No\r\nLocation: https://127.0.0.1:1/\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            )
         slow = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your rate.</Message></Error>"
         status, body = (b"503", slow) if self.how == "slows down" else (b"500", b"")
         return b"HTTP/1.1 %s No\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (status, len(body), body)
 
 
-@pytest.mark.parametrize("how", ["fails", "slows down", "closes", "hangs"])
-@pytest.mark.parametrize("times", [1, 1000])
+@pytest.mark.parametrize(
+    ("how", "times"),
+    [(how, times) for how in ("fails", "slows down", "closes", "hangs") for times in (1, 1000)] + [("redirects", 1000)],
+)
 def test_an_s3_that_fails_costs_no_job(
     start: Callable[..., Worker], s3: S3, comfyui_url: str, how: str, times: int
 ) -> None:
@@ -2478,6 +2561,7 @@ def test_a_wrong_modification_is_named_with_what_there_is(
     [
         ("def NoType(a) -> Graph: ...", "NoType: a needs a type"),
         ("def Listed(a: list[str]) -> Graph: ...", "Listed: a needs a type"),
+        ("def Defaulted(a: str = 5) -> Graph: ...", "Defaulted: the default of a is not of its type"),
         ("def Text2Image(a: str) -> Graph: ...", "two modifiers of the name Text2Image"),
     ],
 )
@@ -2639,6 +2723,20 @@ def test_a_body_is_asked_for_only_when_it_is_wanted(worker: Worker) -> None:
     head = b"POST /generate/sync HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nConnection: close\r\n"
     assert raw(worker, head + b"Content-Length: 2\r\n\r\n{}").startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 400 ")
     assert raw(worker, head + b"Content-Length: 99999999999\r\n\r\n").startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize("type", ["multipart/form-data", "text/plain; charset=nonsense", "application/json", ""])
+def test_the_content_type_does_not_matter(worker: Worker, type: str) -> None:
+    job = json.dumps({"input": {"workflow_json": picture()}}).encode()
+    assert fetch(f"{worker.url}/generate/sync", job, {"Content-Type": type}).status == 200
+
+
+def test_a_head_too_large_is_answered_and_not_reset(worker: Worker) -> None:
+    many = b"".join(b"X-%d: x\r\n" % number for number in range(200))
+    body = b"x" * (8 << 20)
+    head = b"POST /generate/sync HTTP/1.1\r\n%sContent-Length: %d\r\n\r\n" % (many, len(body))
+    received = raw(worker, head + body)
+    assert received.startswith(b"HTTP/1.1 431 ") and b"invalid_request" in received
 
 
 def test_a_head_that_cannot_be_read_is_answered_in_json(worker: Worker) -> None:
