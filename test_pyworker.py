@@ -1945,12 +1945,12 @@ def test_sigterm_ends_what_runs_and_gives_back_what_waits(start: Callable[..., W
 
 def test_a_second_signal_stops_at_once(start: Callable[..., Worker], comfyui_url: str) -> None:
     stopping = start()
-    in_background(connect, stopping, {"workflow_json": long_job(500)})
-    prompt = wait_for("the job runs", lambda: running_prompts(comfyui_url))[0]
-    stopping.process.send_signal(signal.SIGTERM)
-    wait_for("it is stopping", lambda: stopping.logged("stopping: 1 requests"))
-    stopping.process.send_signal(signal.SIGINT)
-    assert stopping.process.wait(5) == 1
+    with connect(stopping, {"workflow_json": long_job(500)}):
+        prompt = wait_for("the job runs", lambda: running_prompts(comfyui_url))[0]
+        stopping.process.send_signal(signal.SIGTERM)
+        wait_for("it is stopping", lambda: stopping.logged("stopping: 1 requests"))
+        stopping.process.send_signal(signal.SIGINT)
+        assert stopping.process.wait(5) == 1
     fetch(f"{comfyui_url}/interrupt", {"prompt_id": prompt})
 
 
