@@ -564,10 +564,13 @@ class ComfyUI:
     def _follow(self) -> None:
         with contextlib.closing(self._connect()) as connection:
             for frame in iter(connection.recv, ""):
-                message = json.loads(frame) if isinstance(frame, str) else {}  # bytes are a preview
-                with contextlib.suppress(AttributeError, KeyError, TypeError):  # custom nodes send what they like
-                    self._tell_job(str(message["type"]), message["data"], message["data"]["prompt_id"])
+                self._hear(json.loads(frame) if isinstance(frame, str) else {})  # bytes are a preview
         raise ConnectionError("ComfyUI closed the websocket")
+
+    def _hear(self, message: Any) -> None:
+        with contextlib.suppress(AttributeError, KeyError, TypeError):  # custom nodes send what they like
+            if self._job and message["data"]["prompt_id"] == self._job.prompt_id:
+                self._tell_job(str(message["type"]), message["data"])
 
     def _connect(self) -> websocket.WebSocket:
         """Opens a connection with an id of its own: ComfyUI can silence a second one with the id of a lost first."""
@@ -588,9 +591,8 @@ class ComfyUI:
             log.error("this ComfyUI is too old: update it to 0.3.45 or later, which lets a caller choose the prompt id")
         return made
 
-    def _tell_job(self, type: str, about: Any = None, *prompt_id: str) -> None:
-        job = self._job
-        if job and prompt_id in ((), (job.prompt_id,)):
+    def _tell_job(self, type: str, about: Any = None) -> None:
+        if job := self._job:
             job.inbox.put({"type": type, "data": about})
 
     # running a prompt
@@ -688,7 +690,7 @@ class ComfyUI:
 
     def _stop_prompt(self, job: Job) -> None:
         """Takes the prompt off ComfyUI: out of its queue, or off the GPU."""
-        for _ in range(3):
+        for _ in range(1 if self._failing_since else 3):
             try:
                 self._exchange("/queue", {"delete": [job.prompt_id]}, LOOK_UP_TIMEOUT_SECONDS)
                 # looked up first: versions before the targeted form interrupt whoever runs

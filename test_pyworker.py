@@ -2272,7 +2272,8 @@ def test_a_gpu_that_breaks_is_told_until_comfyui_has_restarted(
         assert (refused.status, refused.error["type"]) == (503, "comfyui_unavailable") and "GPU" in refused.error[
             "message"
         ]
-        assert not waiting[2].done(), "a job that waits is not burned on a broken GPU"
+        with pytest.raises(TimeoutError):  # a job that waits is not burned on a broken GPU
+            waiting[2].result(1)
         comfyui.kill()
         comfyui.wait()
     with stand_in(port, tmp_path):
