@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import fnmatch
 import functools
 import hmac
 import http.client
@@ -37,6 +38,7 @@ import queue
 import random
 import re
 import select
+import shutil
 import signal
 import socket
 import socketserver
@@ -230,6 +232,7 @@ def not_ready(state: str) -> JobError:
 
 RANDOM_INT = "__RANDOM_INT__"
 MAX_JSON_DEPTH = 100  # ComfyUI's own graphs nest 5 deep; deeper ones only serve to exhaust the stack
+EVENT_STREAM, JSON = "text/event-stream", "application/json"
 TIMINGS = ("queue_ms", "preprocess_ms", "generation_ms", "postprocess_ms")
 
 
@@ -244,6 +247,11 @@ class Job:
     settings: Settings = field(default_factory=Settings)  # the operator's, under what the request says of its own
     extra_params: dict[str, Any] = field(default_factory=dict)  # of the webhook
     as_base64: bool = False
+    output_format: str = ""  # what still images are converted to: webp or jpeg
+    output_quality: int = 90
+    accept: str = ""  # the header; once the job is read, the media range that is to be answered with
+    prefer: str = ""  # the header
+    on_event: Callable[[str, dict[str, Any]], None] | None = None  # hears of the job's life: its name, and about it
     connection: socket.socket | None = None  # of its client
     prompt_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     received_at: float = field(default_factory=time.time)
@@ -254,6 +262,7 @@ class Job:
     was_accepted: bool = False  # its request was in order and it found a place in the queue: its webhook is owed
     entry: dict[str, Any] = field(default_factory=dict)  # of ComfyUI's history
     outputs: list[Output] = field(default_factory=list)
+    chosen: Output | None = None  # the file whose bytes are the answer
     warnings: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager
@@ -264,6 +273,16 @@ class Job:
             yield
         finally:
             self.timings[name] += (time.monotonic() - start) * 1000
+
+    def tell(self, event: str, **about: Any) -> None:
+        """Tells who listens what becomes of the job."""
+        if self.on_event:
+            self.on_event(event, about)
+
+    @property
+    def is_async(self) -> bool:
+        """Whether the answer is to come before the job has run (RFC 7240)."""
+        return any(each.partition(";")[0].strip() == "respond-async" for each in self.prefer.lower().split(","))
 
     def stop(self, error: JobError) -> None:
         """Ends a waiting or running job with that error; a running prompt is interrupted."""
@@ -362,6 +381,10 @@ INPUT_FIELDS: dict[str, Reader] = {
     "webhook": read_object,
     "return_outputs_as_base64": read_flag,
     "comfy_org_api_key": read_plain,
+    "output_format": matching("webp|jpeg", "webp or jpeg"),
+    "output_quality": number(1, 100, int),
+    "accept": read_text,
+    "prefer": read_text,
 }
 S3_FIELDS = {
     **dict.fromkeys(("access_key_id", "secret_access_key", "region"), read_plain),
@@ -393,9 +416,28 @@ def read_job(job: Job, given: dict[str, Any]) -> None:
     job.workflow = known.get("workflow_json", {})
     job.extra_params = webhook.pop("extra_params", {})
     job.settings = _override(job.settings, s3, webhook, known.get("comfy_org_api_key"))
-    job.as_base64 = known.get("return_outputs_as_base64", not job.settings.s3_bucket_name)
+    job.accept = media_range(known.get("accept", job.accept))
+    job.prefer = known.get("prefer", job.prefer)
+    if job.is_async and not job.settings.webhook_url:
+        raise invalid("Prefer: respond-async needs a webhook: give webhook.url, or set WEBHOOK_URL")
+    job.output_format, job.output_quality = known.get("output_format", ""), known.get("output_quality", 90)
+    if job.accept != EVENT_STREAM:
+        job.on_event = None
+    is_shown = job.accept in (JSON, EVENT_STREAM) or bool(job.settings.webhook_url)
+    job.as_base64 = known.get("return_outputs_as_base64", is_shown and not job.settings.s3_bucket_name)
     if (webhook or job.extra_params) and not job.settings.webhook_url:
         job.warnings.append("no webhook is sent: neither webhook.url nor WEBHOOK_URL is set")
+
+
+def media_range(accept: str) -> str:
+    """The first range of an Accept header that the worker can answer with, whatever its weight; else JSON's."""
+    for each in accept.lower().split(","):
+        name = each.partition(";")[0].strip()
+        if name in ("*/*", JSON):
+            break
+        if name in (EVENT_STREAM, "application/octet-stream") or re.fullmatch(r"(image|video|audio)/[\w.+*-]+", name):
+            return name
+    return JSON
 
 
 def _override(
@@ -646,6 +688,7 @@ class ComfyUI:
 
     def _wait(self, job: Job, is_lost: bool) -> dict[str, Any] | None:
         """The prompt's history entry once it has ended; None when ComfyUI lost the prompt with its connection."""
+        progress = Progress(job)
         limit = self.settings.job_timeout or threading.TIMEOUT_MAX
         deadline = time.monotonic() + limit if is_lost else float("inf")
         while True:
@@ -656,6 +699,10 @@ class ComfyUI:
             is_lost = is_lost or kind == "connection_lost"
             if kind in ("execution_start", "connection_lost"):
                 deadline = min(deadline, time.monotonic() + limit)
+            if kind == "execution_cached" and job.on_event:
+                progress.begin(self._accepted_outputs(job.prompt_id), about["nodes"])
+            if kind == "progress_state" and job.on_event:
+                progress.update(about["nodes"])
             # it sends "node": null once a prompt has ended and its history is written
             is_end = kind == "executing" and about.get("node", "") is None
             if not is_end and kind not in ("silence", "connection_lost", "connected"):
@@ -671,6 +718,7 @@ class ComfyUI:
             if isinstance(found, dict):
                 if kind == "silence" and not is_lost and self._socket:
                     self._socket.abort()  # type: ignore[no-untyped-call]  # it did not tell: another one is opened
+                progress.end(found)
                 return found
             if not found and not is_lost:
                 raise JobError(499, "cancelled", "the job was deleted from ComfyUI's queue")
@@ -687,6 +735,12 @@ class ComfyUI:
             if any(item[1] == prompt_id for items in queued.values() for item in items):
                 return True
         return False
+
+    @understanding()
+    def _accepted_outputs(self, prompt_id: str) -> list[str]:
+        """The nodes that the prompt is run for; none when it has ended already."""
+        items = self._get("/queue")["queue_running"]
+        return next((list(item[4]) for item in items if item[1] == prompt_id), [])
 
     def _stop_prompt(self, job: Job) -> None:
         """Takes the prompt off ComfyUI: out of its queue, or off the GPU."""
@@ -712,10 +766,14 @@ class ComfyUI:
     # files
 
     @contextlib.contextmanager
-    def open(self, output: Output) -> Iterator[http.client.HTTPResponse]:
-        """Opens one file that ComfyUI's history names, and notes its mimetype and size (bytes) in `output`."""
+    def open(self, output: Output, preview: str = "") -> Iterator[http.client.HTTPResponse]:
+        """Opens one file that ComfyUI's history names, converted where there is a `preview`, such as "webp;90".
+
+        Notes its mimetype and size (bytes) in `output`; raises JobError and CONNECTION_LOST.
+        """
         with understanding():
-            query = urllib.parse.urlencode({name: output[name] for name in FILE})
+            converted = {"preview": preview} if preview else {}
+            query = urllib.parse.urlencode({name: output[name] for name in FILE} | converted)
         with request(f"{self.url}/view?{query}", None, HTTP_SECONDS) as response:
             if response.status == 404:
                 raise JobError(502, "output_missing", f"{output['filename']} is no longer on ComfyUI's disk")
@@ -782,6 +840,55 @@ HINTS = {  # by the type of ComfyUI's refusal
     "prompt_no_outputs": "; add an output node that saves, such as SaveImage, and connect it",
     "invalid_prompt": "; install the custom nodes that bring it",
 }
+
+
+class Progress:
+    """How far a job is: of the nodes that its accepted outputs depend on, cached ones are done, steps are parts."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._needed: dict[str, bool] = {}  # node id: whether it is cached
+        self._percent = 0.0
+
+    @understanding()
+    def begin(self, outputs: list[str], cached: list[str]) -> None:
+        """Takes the ids of the nodes that the job is run for, and of those that are cached."""
+        graph, ahead = self._job.workflow, list(outputs)
+        while ahead:
+            node_id = ahead.pop()
+            if node_id not in self._needed:
+                self._needed[node_id] = node_id in cached
+                links = () if node_id in cached else graph[node_id]["inputs"].values()
+                ahead += [link[0] for link in links if isinstance(link, list) and len(link) == 2 and link[0] in graph]
+        self.update({})
+
+    @understanding()
+    def update(self, nodes: dict[str, Any]) -> None:
+        """Takes the states of the nodes that have begun: {id: {"value": …, "max": …, "state": …}}"""
+        parts = {id: about["value"] / (about["max"] or 1) for id, about in nodes.items()}
+        done = sum(1 if is_cached else min(1, parts.get(id, 0)) for id, is_cached in self._needed.items())
+        by_state = sorted(nodes.items(), key=lambda each: each[1]["state"] == "running")
+        self._tell(100 * done / (len(self._needed) or 1), *by_state[-1:])
+
+    def end(self, entry: dict[str, Any]) -> None:
+        """Has a job that succeeded end at 100, whatever ComfyUI told of it."""
+        if self._job.on_event and self._percent < 100 and not failure(entry):
+            self._tell(100)
+
+    def _tell(self, percent: float, node: tuple[str | None, dict[str, Any]] = (None, {})) -> None:
+        self._percent = max(self._percent, round(percent, 1))  # it never goes back
+        node_id, about = node
+        node_id = about.get("display_node_id", node_id)  # the submitted one, where a node expands into others
+        node_type = self._job.workflow.get(str(node_id), {}).get("class_type")
+        steps = {name: about.get(name) for name in ("value", "max")}
+        self._job.tell("progress", node_id=node_id, node_type=node_type, **steps, percent=self._percent)
+
+
+def is_still(output: Output, entry: dict[str, Any]) -> bool:
+    """Whether the file is an image that ComfyUI converts as a whole: of an animation it takes the first frame."""
+    is_animated = any(entry["outputs"][output["node_id"]].get("animated") or [])
+    is_image = output["filename"].lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"))
+    return output["output_type"] == "images" and is_image and not is_animated
 
 
 @understanding()
@@ -857,39 +964,82 @@ def deliver(job: Job, outputs: list[Output], comfyui: ComfyUI) -> JobError | Non
     return first
 
 
-def _deliver_file(job: Job, output: Output, comfyui: ComfyUI) -> JobError | None:
-    """Waits for a ComfyUI that is away, up to COMFYUI_RETURN_TIMEOUT."""
-    folder, deadline, pause = job.settings.comfyui_install_path, 0.0, threading.Event()
-    path = os.path.abspath(os.path.join(folder, output["type"], output["subfolder"], output["filename"]))
-    if folder and os.path.isfile(path):
-        output["local_path"] = path
+def patiently(job: Job, action: Callable[[], Any]) -> Any:
+    """What the action returns, tried again while ComfyUI is away; comfyui_lost after COMFYUI_RETURN_TIMEOUT."""
+    deadline, pause = 0.0, threading.Event()
     while True:
         try:
-            error = _upload(job, output, comfyui) if job.settings.s3_bucket_name else None
-            if job.as_base64 or "url" not in output:
-                _embed(job, output, comfyui)
-            return error
-        except JobError as error:
-            return error
+            return action()
         except CONNECTION_LOST as lost:
             deadline = deadline or time.monotonic() + job.settings.comfyui_return_timeout
             if time.monotonic() > deadline:
-                return JobError(502, "comfyui_lost", f"ComfyUI went away with {output['filename']}: {lost}")
+                raise JobError(502, "comfyui_lost", f"ComfyUI went away before its files were had: {lost}") from None
         pause.wait(LOOK_UP_SECONDS)
 
 
-def _upload(job: Job, output: Output, comfyui: ComfyUI) -> JobError | None:
+def _deliver_file(job: Job, output: Output, comfyui: ComfyUI) -> JobError | None:
+    folder = job.settings.comfyui_install_path
+    path = os.path.abspath(os.path.join(folder, output["type"], output["subfolder"], output["filename"]))
+    if folder and os.path.isfile(path):
+        output["local_path"] = path
+    try:
+        patiently(job, lambda: _bring(job, output, comfyui))
+    except JobError as error:
+        return error
+    return None
+
+
+def _bring(job: Job, output: Output, comfyui: ComfyUI) -> None:
+    preview, error = preview_of(job, output), None
+    if job.settings.s3_bucket_name:
+        error = _upload(job, output, comfyui, preview)
+    if job.as_base64 or "url" not in output:
+        _embed(job, output, comfyui, preview)
+    if error:
+        raise error
+
+
+def preview_of(job: Job, output: Output) -> str:
+    """What ComfyUI's /view is to convert the file to, such as "webp;90"; empty where it stays as it is."""
+    wanted = job.output_format and is_still(output, job.entry)
+    return f"{job.output_format};{job.output_quality}" if wanted else ""
+
+
+def delivered_name(output: Output, preview: str) -> str:
+    """The file's name, with the extension of what it is converted to."""
+    name = output["filename"]
+    return f"{os.path.splitext(name)[0]}.{preview.partition(';')[0]}" if preview else name
+
+
+def choose(job: Job, comfyui: ComfyUI) -> None:
+    """Chooses the file whose bytes the client is to have; 406 where none fits, with all of them in the envelope."""
+    files = [output for output in job.outputs if "filename" in output]
+    for output in files:
+        if fnmatch.fnmatchcase(output["mimetype"], job.accept):
+            job.chosen = output
+        elif job.accept in ("image/webp", "image/jpeg") and is_still(output, job.entry):
+            job.chosen, job.output_format = output, job.accept.partition("/")[2]
+        if job.chosen:
+            return
+    job.as_base64 = not job.settings.s3_bucket_name
+    deliver(job, job.outputs, comfyui)
+    made = ", ".join(output["mimetype"] for output in files) or "no file"
+    raise JobError(406, "not_acceptable", f"no output is {job.accept}; there is {made}")
+
+
+def _upload(job: Job, output: Output, comfyui: ComfyUI, preview: str) -> JobError | None:
     from boto3.s3.transfer import TransferConfig
     from botocore.exceptions import BotoCoreError, ClientError
 
     folders = output["subfolder"].replace("\\", "/").split("/")
-    key = "/".join(part for part in (str(job.request_id), *folders, output["filename"]) if part)
+    name = delivered_name(output, preview)
+    key = "/".join(part for part in (str(job.request_id), *folders, name) if part)
     where = {"Bucket": job.settings.s3_bucket_name, "Key": job.settings.s3_prefix + key}
     # without threads a stream is uploaded in 8 MB of memory instead of 120
     config = TransferConfig(use_threads=False)
     client = s3_client(job.settings)
     try:
-        with comfyui.open(output) as file:
+        with comfyui.open(output, preview) as file:
             client.upload_fileobj(file, *where.values(), {"ContentType": output["mimetype"]}, Config=config)
     # the rest: what boto3 trips over in answers that are no S3's, and in redirects without end
     except (BotoCoreError, ClientError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -900,10 +1050,10 @@ def _upload(job: Job, output: Output, comfyui: ComfyUI) -> JobError | None:
     return None
 
 
-def _embed(job: Job, output: Output, comfyui: ComfyUI) -> None:
+def _embed(job: Job, output: Output, comfyui: ComfyUI, preview: str) -> None:
     """Puts the file's bytes into the output if they are wanted; mimetype and size always are."""
     limit, is_wanted = job.settings.output_base64_max_bytes, job.as_base64 or "upload_error" in output
-    with comfyui.open(output) as file:
+    with comfyui.open(output, preview) as file:
         if is_wanted and output["size"] > limit:
             output["error"] = f"{output['size']} bytes are more than the {limit} of OUTPUT_BASE64_MAX_BYTES; use S3"
         elif is_wanted:
@@ -995,6 +1145,8 @@ def deliver_webhook(settings: Settings, message_id: str, body: bytes) -> None:
 # Worker ###############################################################################################################
 
 TURN: Message = {"type": "turn"}
+MOVED: Message = {"type": "moved"}
+CUT_SHORT = "the worker had to stop before the job ended"
 CANCEL_SECONDS = 10  # that cancelled jobs get to be answered before the worker exits
 
 
@@ -1020,13 +1172,17 @@ class Line:
             self._call_first()
         try:
             with job.timed("queue_ms"):
-                while job.next_message() != TURN:  # there may be old news in the inbox of a job that is run again
-                    pass
+                job.tell("queued", position=max(1, self.jobs.index(job)))
+                while job.next_message() != TURN:  # the line has moved, or it is old news of a job that is run again
+                    job.tell("queued", position=max(1, self.jobs.index(job)))
+            job.tell("started")
             yield
         finally:
             with self._lock:
                 self.jobs.remove(job)
                 self._call_first()
+                for each in self.jobs[1:]:
+                    each.inbox.put(MOVED)
 
     def _call_first(self) -> None:
         if self.jobs and not self.jobs[0].has_turn:
@@ -1038,7 +1194,7 @@ class Line:
         with self._lock:
             self._is_closed = True
             for job in self.jobs[1:]:
-                job.stop(not_ready("stopping"))
+                job.stop(JobError(499, "cancelled", CUT_SHORT) if job.is_async else not_ready("stopping"))
 
 
 class Clients:
@@ -1096,15 +1252,38 @@ class Worker:
 
     def answer(self, job: Job, body: bytes) -> tuple[int, dict[str, Any]]:
         """Takes the job that `body` asks for to its end; returns the HTTP status and the envelope, for failures too."""
-        error = None
+        error = self._attempt(job, lambda: read_job(job, parse_input(body)))
+        if not error and job.is_async:
+            return self._in_background(job)
+        return self._end(job, error or self._attempt(job, lambda: self._process(job)))
+
+    def _attempt(self, job: Job, step: Callable[[], None]) -> JobError | None:
         try:
-            read_job(job, parse_input(body))
-            self._process(job)
-        except JobError as failed:
-            error = failed
+            step()
+        except JobError as error:
+            return error
         except Exception:  # a bug of ours must not cost the client its answer, nor the webhook its message
             log.exception("job %s met a bug of the worker", job.request_id)
-            error = JobError(500, "internal_error", "the worker failed; its log says why")
+            return JobError(500, "internal_error", "the worker failed; its log says why")
+        return None
+
+    def _in_background(self, job: Job) -> tuple[int, dict[str, Any]]:
+        """Answers with 202 as soon as the job has a place in the queue, else with what kept it from one."""
+        first: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
+        queued = {**envelope(job, None), "status": "queued", "message": "queued; the webhook will tell the result"}
+        job.on_event = lambda *_: first.put((202, queued))
+
+        def run() -> None:
+            try:
+                first.put(self._end(job, self._attempt(job, lambda: self._process(job))))
+            finally:
+                self.begin(-1)
+
+        self.begin()
+        threading.Thread(target=run, name="job", daemon=True).start()
+        return first.get()
+
+    def _end(self, job: Job, error: JobError | None) -> tuple[int, dict[str, Any]]:
         answer = envelope(job, error)
         outcome = f"{error.type} ({error.status}): {error.message}" if error else "completed"
         timings = ", ".join(f"{name} {answer['timings'][name]}" for name in (*TIMINGS, "total_ms"))
@@ -1131,6 +1310,8 @@ class Worker:
                 error = self._run(job)
         if error:
             raise error
+        if job.accept not in (JSON, EVENT_STREAM):
+            choose(job, self.comfyui)
 
     def _run(self, job: Job) -> JobError | None:
         with self._clients.watch(job), self._line.turn(job), job.timed("generation_ms"):
@@ -1178,6 +1359,11 @@ class Worker:
         """'ready', or why not: 'starting', 'unreachable', 'stopping'."""
         return "stopping" if self._stopping else self.comfyui.state()
 
+    @property
+    def modifiers(self) -> list[str]:
+        """Their names."""
+        return sorted(self._modifiers.MODIFIERS) if self._modifiers else []
+
     def health(self, is_probe_of_life: bool) -> tuple[int, dict[str, Any]]:
         """The HTTP status and the body of GET /health, or of GET /health/live: 503 only where a restart is needed."""
         comfyui = self.comfyui.describe()
@@ -1189,7 +1375,7 @@ class Worker:
             "running": jobs[0] if jobs else None,
             "queued": len(jobs[1:]),
             "cost": COST,
-            "modifiers": sorted(self._modifiers.MODIFIERS) if self._modifiers else [],
+            "modifiers": self.modifiers,
             "comfyui": comfyui,
             "version": __version__,
             "uptime_s": round(time.monotonic() - self._started_at),
@@ -1204,7 +1390,7 @@ class Worker:
         with self._changed:
             if not self._changed.wait_for(lambda: not self._under_way, grace):
                 for job in self._line.jobs[:1]:
-                    job.stop(JobError(499, "cancelled", "the worker had to stop before the job ended"))
+                    job.stop(JobError(499, "cancelled", CUT_SHORT))
                     self._changed.wait_for(lambda: not self._under_way, CANCEL_SECONDS)
         log.info("stopped with %d requests and webhooks under way", self._under_way)
 
@@ -1240,7 +1426,12 @@ def envelope(job: Job, error: JobError | None) -> dict[str, Any]:
 CONNECTION_SECONDS = 30  # without a byte on a connection that owes us some
 DRAIN_SECONDS = 5  # for a client to see its refusal while it is still sending
 ROUTES = {"/generate/sync": ["POST"], "/health": ["GET", "HEAD"], "/health/live": ["GET", "HEAD"]}
-STATUS_HEADERS = {401: ("WWW-Authenticate", "Bearer"), 503: ("Retry-After", "5")}
+STATUS_HEADERS = {
+    202: ("Preference-Applied", "respond-async"),
+    401: ("WWW-Authenticate", "Bearer"),
+    503: ("Retry-After", "5"),
+}
+KEEP_ALIVE_SECONDS = 15  # between the comments of an event stream; proxies end silent connections after 50 or 60 s
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -1271,13 +1462,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             if malformed:
                 raise invalid("a header of the request is malformed")
-            self._send(*self._route())
+            self._route()
         except JobError as error:
             self._send(error.status, envelope(Job(), error))
         finally:
             self.server.worker.begin(-1)
 
-    def _route(self) -> tuple[int, dict[str, Any]]:
+    def _route(self) -> None:
         worker = self.server.worker
         path = re.sub("^https?://[^/]*", "", self.path).partition("?")[0]
         origin = self.headers.get("Origin")
@@ -1289,13 +1480,41 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command not in ROUTES[path]:
             raise JobError(405, "method_not_allowed", f"{path} takes {' or '.join(ROUTES[path])}", allow=ROUTES[path])
         if path != "/generate/sync":
-            return worker.health(is_probe_of_life=path == "/health/live")
+            self._send(*worker.health(is_probe_of_life=path == "/health/live"))
+            return
         wanted, given = f"Bearer {worker.settings.auth_token}", self.headers.get("Authorization", "")
         if worker.settings.auth_token and not hmac.compare_digest(wanted.encode(), given.encode("latin-1")):
             raise JobError(401, "unauthorized", "this worker needs the header 'Authorization: Bearer …' with its token")
         is_included = self.headers.get("X-Include-ComfyUI-Response") in ("1", "true")
         settings = replace(worker.settings, include_comfyui_response=True) if is_included else worker.settings
-        return worker.answer(Job(settings=settings, connection=self.connection), self._read_body())
+        accept, prefer = (", ".join(self.headers.get_all(name, [])) for name in ("Accept", "Prefer"))
+        stream = EventStream(self)
+        job = Job(settings=settings, connection=self.connection, on_event=stream.send, accept=accept, prefer=prefer)
+        status, answer = worker.answer(job, self._read_body())
+        if stream.is_open:
+            stream.end(answer)
+        elif job.chosen:
+            self._send_file(job, job.chosen)
+        else:
+            self._send(status, answer)
+
+    def _send_file(self, job: Job, output: Output) -> None:
+        preview = preview_of(job, output)
+        plain = re.sub(r"[^ !#-\[\]-~]", "_", delivered_name(output, preview))
+        with contextlib.ExitStack() as stack:
+            try:
+                file = patiently(job, lambda: stack.enter_context(self.server.worker.comfyui.open(output, preview)))
+            except JobError as error:
+                self._send(error.status, envelope(job, error))
+                return
+            self.send_response(200)
+            self.send_header("Content-Type", output["mimetype"])
+            self.send_header("Content-Length", str(output["size"]))
+            self.send_header("Content-Disposition", f'inline; filename="{plain}"')
+            self.send_header("X-Request-Id", str(job.request_id))
+            self.end_headers()
+            shutil.copyfileobj(file, self.wfile)
+            self.wfile.flush()
 
     def _read_body(self) -> bytes:
         lengths = set(self.headers.get_all("Content-Length", []))
@@ -1360,6 +1579,46 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The log has a line per job; requests are a proxy's to log."""
 
 
+class EventStream:
+    """Server-sent events on a connection. It opens with the first of them, so that refusals stay ordinary answers."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self.is_open = False
+
+    def send(self, event: str, about: dict[str, Any]) -> None:
+        """Sends one event; a client that has gone is noticed elsewhere."""
+        if not self.is_open:
+            self._open()
+        self._write(f"event: {event}\ndata: {json.dumps(about)}\n\n")
+
+    def end(self, answer: dict[str, Any]) -> None:
+        """Sends the answer as the last event."""
+        self._ended.set()
+        self.send("result", answer)
+
+    def _open(self) -> None:
+        self.is_open = self._handler.close_connection = True
+        self._handler.send_response(200)
+        self._handler.send_header("Content-Type", EVENT_STREAM)
+        self._handler.send_header("Cache-Control", "no-store")
+        self._handler.send_header("X-Accel-Buffering", "no")  # nginx would collect the events
+        self._handler.send_header("Connection", "close")
+        self._handler.end_headers()
+        threading.Thread(target=self._keep_alive, name="keep-alive", daemon=True).start()
+
+    def _keep_alive(self) -> None:
+        while not self._ended.wait(KEEP_ALIVE_SECONDS):
+            self._write(": the job is under way\n\n")
+
+    def _write(self, text: str) -> None:
+        with self._lock, contextlib.suppress(*CONNECTION_LOST, ValueError):  # ValueError: it is closed
+            self._handler.wfile.write(text.encode())
+            self._handler.wfile.flush()
+
+
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """Listens, with a thread per connection."""
 
@@ -1408,13 +1667,19 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     log.info("ComfyUI PyWorker %s listens on http://%s:%s", __version__, *server.server_address[:2])
     _warn(settings)
+    log.info("modifiers: %s", ", ".join(server.worker.modifiers) or "none, as modifiers.py is not beside pyworker.py")
+    names = {"S3": settings.s3_bucket_name, "webhook": settings.webhook_url, "token": settings.auth_token}
+    log.info("; ".join(f"{name}: {'set' if value else 'not set'}" for name, value in names.items()))
     log.info("waiting for ComfyUI at %s; to start one: python main.py in its folder", settings.comfyui_api_base)
     threading.Thread(target=server.worker.comfyui.listen, name="websocket", daemon=True).start()
     server.serve_forever()
 
 
 def _parser() -> argparse.ArgumentParser:
-    listed = "\n".join(f"  {each.name.upper():26}{each.metadata['help']}" for each in fields(Settings))
+    listed = "\n".join(
+        f"  {each.name.upper():26}{each.metadata['help']}" + (f" [{each.default}]" if each.default else "")
+        for each in fields(Settings)
+    )
     parser = argparse.ArgumentParser(
         description="Turns a ComfyUI into an HTTP API: POST /generate/sync runs a workflow.",
         epilog=f"environment:\n{listed}",

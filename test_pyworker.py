@@ -1998,6 +1998,197 @@ def test_the_log_has_one_line_per_job_and_no_newline_of_a_strangers(worker: Work
     assert not any(line.startswith("2 INFO job forged") for line in lines)
 
 
+# What a client can ask for ############################################################################################
+
+
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("image/*", "image/png"),
+        ("image/png", "image/png"),
+        ("IMAGE/PNG;q=0.1, */*", "image/png"),
+        ("text/html, video/*", "video/mp4"),
+        ("application/octet-stream", "application/octet-stream"),
+    ],
+)
+def test_a_client_can_have_the_bytes(worker: Worker, comfyui_url: str, accept: str, kind: str) -> None:
+    graph = everything()
+    listed = worker.post({"workflow_json": graph})
+    first = next(file for file in listed.files if file["mimetype"] == kind)
+    answer = worker.post({"request_id": "bytes", "workflow_json": graph}, {"Accept": accept})
+    assert (answer.status, answer.headers["Content-Type"]) == (200, kind)
+    assert answer.body == as_written(comfyui_url, first) and len(answer.body) == int(answer.headers["Content-Length"])
+    assert answer.headers["Content-Disposition"] == f'inline; filename="{first["filename"]}"'
+    assert answer.headers["X-Request-Id"] == "bytes"
+
+
+@pytest.mark.parametrize("accept", ["*/*", "application/json, image/png", "text/html", "", "application/json;q=0"])
+def test_without_a_media_type_the_answer_is_json(worker: Worker, accept: str) -> None:
+    assert worker.post({"workflow_json": picture()}, {"Accept": accept}).json["status"] == "completed"
+
+
+def test_accept_in_the_input_is_over_the_header(worker: Worker) -> None:
+    answer = worker.post({"workflow_json": picture(), "accept": "image/*"}, {"Accept": "application/json"})
+    assert answer.headers["Content-Type"] == "image/png"
+    answer = worker.post({"workflow_json": picture(), "accept": "application/json"}, {"Accept": "image/*"})
+    assert answer.json["status"] == "completed"
+
+
+def test_where_nothing_fits_the_envelope_has_it_all(worker: Worker) -> None:
+    answer = worker.post({"workflow_json": picture()}, {"Accept": "video/*"})
+    assert (answer.status, answer.error["type"]) == (406, "not_acceptable")
+    assert "image/png" in answer.error["message"] and base64.b64decode(answer.files[0]["data"]).startswith(b"\x89PNG")
+
+
+def test_a_failed_job_is_json_whatever_was_asked_for(worker: Worker) -> None:
+    for accept in ("image/*", "text/event-stream"):
+        answer = worker.post({"workflow_json": {"1": node("Nope")}}, {"Accept": accept})
+        assert b"workflow_rejected" in answer.body
+    assert worker.post({"workflow_json": 5}, {"Accept": "text/event-stream"}).error["type"] == "invalid_request"
+
+
+def test_a_client_of_bytes_has_no_base64_made_for_it(worker: Worker, receiver: Receiver) -> None:
+    job = {"workflow_json": picture(), "webhook": {"url": receiver.url}}
+    assert worker.post(job, {"Accept": "image/*"}).body.startswith(b"\x89PNG")
+    assert json.loads(receiver.wait_for(1)[0][1])["output"][0]["data"], "the webhook's receiver has no other way to it"
+
+
+@pytest.mark.parametrize("kind", ["webp", "jpeg"])
+def test_still_images_are_converted_and_nothing_else(worker: Worker, comfyui_url: str, s3: S3, kind: str) -> None:
+    job = {"workflow_json": everything(), "output_format": kind, "output_quality": 80}
+    answer = worker.post({**job, "request_id": f"as-{kind}", "s3": s3.request, "return_outputs_as_base64": True})
+    assert answer.status == 200, answer.json
+    for file in answer.files:
+        content = base64.b64decode(file["data"])
+        assert content == fetch(file["url"]).body and len(content) == file["size"]
+        path = urllib.parse.urlsplit(file["url"]).path
+        if file["filename"].endswith(".png"):
+            assert file["mimetype"] == fetch(file["url"]).headers["Content-Type"] == f"image/{kind}"
+            assert path.endswith(f".{kind}") and as_written(comfyui_url, file).startswith(b"\x89PNG")
+            with Image.open(io.BytesIO(content)) as converted:
+                assert (converted.format, converted.size) == (kind.upper(), (32, 32))
+        else:
+            assert path.endswith(file["filename"]) and content == as_written(comfyui_url, file)
+
+
+@pytest.mark.parametrize("kind", ["webp", "jpeg"])
+def test_a_picture_is_converted_for_who_accepts_that(worker: Worker, kind: str) -> None:
+    answer = worker.post({"workflow_json": picture()}, {"Accept": f"image/{kind}"})
+    with Image.open(io.BytesIO(answer.body)) as converted:
+        assert (converted.format, converted.size) == (kind.upper(), (32, 32))
+    assert answer.headers["Content-Type"] == f"image/{kind}"
+    assert f".{kind}" in answer.headers["Content-Disposition"]
+
+
+def test_a_wrong_format_is_refused(worker: Worker) -> None:
+    for field, value in (("output_format", "gif"), ("output_quality", 0), ("output_quality", 101), ("accept", 5)):
+        assert f"{field} has to be" in worker.post({"workflow_json": picture(), field: value}).error["message"]
+
+
+def events(answer: bytes) -> list[tuple[str, Any]]:
+    """The events of a stream: their names and what they tell."""
+    blocks = [block for block in answer.decode().split("\n\n") if block and not block.startswith(":")]
+    found = [re.fullmatch(r"event: (\w+)\ndata: (.*)", block) for block in blocks]
+    assert all(found), blocks
+    return [(match[1], json.loads(match[2])) for match in found if match]
+
+
+STREAM = {"Accept": "text/event-stream"}
+
+
+def test_a_stream_tells_a_jobs_life(worker: Worker) -> None:
+    graph = {**text2image(steps=30, seed=random.getrandbits(32)), "20": node("PreviewAny", source="unneeded?")}
+    answer = worker.post({"request_id": "streamed", "workflow_json": graph}, STREAM)
+    assert answer.headers["Content-Type"] == "text/event-stream" and answer.headers["X-Accel-Buffering"] == "no"
+    names = [name for name, _ in events(answer.body)]
+    assert names[:2] == ["queued", "started"] and names[-1] == "result" and set(names[2:-1]) == {"progress"}
+    told = [about for name, about in events(answer.body) if name == "progress"]
+    percents = [about["percent"] for about in told]
+    assert percents == sorted(percents) and percents[-1] == 100 and len(told) >= 20
+    steps = [about["value"] for about in told if about["node_type"] == "KSampler" and about["max"] == 30]
+    assert sorted(set(steps) - {0}) == list(range(1, 31)) and {about["node_id"] for about in told} >= {"3", "9"}
+    result, again = events(answer.body)[-1][1], worker.post({"request_id": "streamed", "workflow_json": graph}).json
+    assert {**result, "timings": 0} == {**again, "timings": 0}
+    cached = events(worker.post({"workflow_json": graph}, STREAM).body)
+    assert [about["percent"] for name, about in cached if name == "progress"][-1] == 100
+
+
+def test_nodes_that_nothing_needs_count_for_nothing(worker: Worker) -> None:
+    graph = {**picture(), "7": node("EmptyImage", width=64, height=64, batch_size=1, color=1)}
+    told = [about for name, about in events(worker.post({"workflow_json": graph}, STREAM).body) if name == "progress"]
+    assert 50 in [about["percent"] for about in told], "one of two nodes was done"
+    assert told[-1]["percent"] == 100
+
+
+def test_a_stream_tells_the_place_in_the_line(worker: Worker) -> None:
+    jobs = []
+    for number in range(3):
+        jobs.append(in_background(worker.post, {"workflow_json": long_job(30)}, STREAM))
+        wait_for("it is in the line", functools.partial(in_line, worker, number))
+    told = [events(job.result(120).body) for job in jobs]
+    places = [[about["position"] for name, about in each if name == "queued"] for each in told]
+    assert places[1:] == [[1], [2, 1]] and all(each[-1][1]["status"] == "completed" for each in told)
+
+
+def test_a_stream_is_kept_alive(start: Callable[..., Worker]) -> None:
+    lively = start(command=("-c", "import pyworker; pyworker.KEEP_ALIVE_SECONDS = 0.2; pyworker.main()"))
+    answer = lively.post({"workflow_json": long_job(100)}, STREAM)
+    assert answer.body.count(b"\n: ") >= 2 and events(answer.body)[-1][1]["status"] == "completed"
+
+
+def test_a_stream_that_is_left_frees_the_gpu(worker: Worker, comfyui_url: str) -> None:
+    with connect(worker, {"workflow_json": long_job(5000), "accept": "text/event-stream"}) as connection:
+        assert b"event: queued" in connection.recv(1000)
+        wait_for("the job runs", lambda: running_prompts(comfyui_url))
+    wait_for("the prompt is off the GPU", lambda: not running_prompts(comfyui_url))
+
+
+def test_a_failure_is_a_result_in_a_stream(worker: Worker, comfyui_url: str) -> None:
+    job = in_background(worker.post, {"workflow_json": long_job(5000)}, STREAM)
+    prompt = wait_for("the job runs", lambda: running_prompts(comfyui_url))[0]
+    fetch(f"{comfyui_url}/interrupt", {"prompt_id": prompt})
+    name, result = events(job.result(60).body)[-1]
+    assert (name, result["status"], result["error"]["type"]) == ("result", "cancelled", "cancelled")
+
+
+def test_an_answer_can_come_before_the_job_has_run(worker: Worker, receiver: Receiver) -> None:
+    running = in_background(worker.post, {"workflow_json": long_job(100)})
+    wait_for("a job runs", functools.partial(in_line, worker, 0))
+    hook = {"url": receiver.url}
+    job = {"request_id": "later", "workflow_json": picture(), "webhook": hook}
+    answer = worker.post(job, {"Prefer": "wait=5, respond-async"})
+    assert (answer.status, answer.json["status"], answer.json["id"]) == (202, "queued", "later")
+    assert answer.headers["Preference-Applied"] == "respond-async" and not running.done()
+    told = json.loads(receiver.wait_for(1)[0][1])
+    assert (told["id"], told["status"]) == ("later", "completed") and told["output"][0]["data"]
+    assert worker.post({**job, "prefer": "respond-async"}).status == 202
+    receiver.wait_for(2)
+
+
+def test_an_early_answer_needs_a_webhook_and_a_place(start: Callable[..., Worker], receiver: Receiver) -> None:
+    small = start(MAX_QUEUE_SIZE=0)
+    prefer = {"Prefer": "respond-async"}
+    refused = small.post({"workflow_json": picture()}, prefer)
+    assert (refused.status, refused.error["type"]) == (400, "invalid_request") and "webhook" in refused.error["message"]
+    running = in_background(small.post, {"workflow_json": long_job(100)})
+    wait_for("a job runs", functools.partial(in_line, small, 0))
+    job = {"workflow_json": picture(), "webhook": {"url": receiver.url}}
+    assert small.post(job, prefer).error["type"] == "queue_full"
+    assert small.post({**job, "workflow_json": 5}, prefer).status == 400
+    assert running.result(60).status == 200 and not receiver.posts
+
+
+def test_a_worker_that_stops_keeps_its_promises(start: Callable[..., Worker], receiver: Receiver) -> None:
+    stopping = start(WEBHOOK_URL=receiver.url)
+    for name in ("running", "waiting"):
+        job = {"request_id": name, "workflow_json": long_job(50), "prefer": "respond-async"}
+        assert stopping.post(job).status == 202
+    stopping.process.send_signal(signal.SIGTERM)
+    assert stopping.process.wait(60) == 0
+    told = {body["id"]: body["status"] for body in (json.loads(post[1]) for post in receiver.posts)}
+    assert told == {"running": "completed", "waiting": "cancelled"}
+
+
 # Faults ###############################################################################################################
 
 
