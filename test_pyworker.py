@@ -55,6 +55,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as StillRunning
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -1519,7 +1520,7 @@ def test_time_behind_another_prompt_is_no_time_on_the_gpu(start: Callable[..., W
     fetch(f"{comfyui_url}/prompt", {"prompt": fill(long_job(5000)), "prompt_id": "in-the-way"})
     job = in_background(limited.post, {"workflow_json": picture()})
     wait_for("the job waits in ComfyUI", lambda: fetch(f"{comfyui_url}/queue").json["queue_pending"])
-    with pytest.raises(TimeoutError):
+    with pytest.raises(StillRunning):
         job.result(2)
     fetch(f"{comfyui_url}/interrupt", {"prompt_id": "in-the-way"})
     assert job.result(60).status == 200
@@ -2463,7 +2464,7 @@ def test_a_gpu_that_breaks_is_told_until_comfyui_has_restarted(
         assert (refused.status, refused.error["type"]) == (503, "comfyui_unavailable") and "GPU" in refused.error[
             "message"
         ]
-        with pytest.raises(TimeoutError):  # a job that waits is not burned on a broken GPU
+        with pytest.raises(StillRunning):  # a job that waits is not burned on a broken GPU
             waiting[2].result(1)
         comfyui.kill()
         comfyui.wait()
@@ -3009,9 +3010,12 @@ def test_the_demo_gives_a_picture_with_the_command_it_prints(tmp_path: pathlib.P
         while "Ctrl-C" not in printed:
             printed += running.stdout.readline()
         try:
-            curl, pipe = (re.search(pattern, printed, re.MULTILINE) for pattern in (r"^ *(curl .*)$", r"^ *(\| .*)$"))
-            assert curl and pipe, printed
-            bash(f"{curl[1]} {pipe[1]}", tmp_path)
+            curl = re.search(r"^ *(curl .*)$", printed, re.MULTILINE)
+            assert curl, printed
+            bash(curl[1], tmp_path)
+            assert (tmp_path / "cat.png").read_bytes().startswith(PNG)
+            as_json = json.loads(bash(curl[1].replace("-H 'Accept: image/*' -o cat.png", ""), tmp_path))
+            assert base64.b64decode(as_json["output"][0]["data"]).startswith(PNG)
             for code in blocks("bash", "cat.png"):
                 bash(code.replace("http://127.0.0.1:8000", f"http://127.0.0.1:{port}"), tmp_path)
         finally:
@@ -3037,8 +3041,12 @@ def test_the_readmes_commands_work(
     for name, value in stands_for.items():
         code = code.replace(name, value)
     printed = bash(code, tmp_path)
-    if "cat.png" in code:
-        assert (tmp_path / "cat.png").read_bytes().startswith(PNG)
+    if written := re.search(r"-o (cat.\w+)", code):
+        with Image.open(tmp_path / written[1]) as cat:
+            assert (cat.format, cat.size) == (written[1][4:].upper(), (64, 64))
+        return
+    if "event-stream" in code:
+        assert events(printed.encode())[-1][1]["status"] == "completed"
         return
     answer = json.loads(printed)
     assert answer["status"] in ("completed", "ready"), printed
@@ -3052,17 +3060,27 @@ def test_the_readmes_commands_work(
         }
 
 
-def test_the_readmes_client_saves_files_and_fails_with_the_message(worker: Worker, tmp_path: pathlib.Path) -> None:
-    (code,) = blocks("python", "urllib.request")
-    code = code.replace("http://127.0.0.1:8000", worker.url).replace(
-        '"steps": 4', '"steps": 4, "width": 64, "height": 64'
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+@pytest.mark.parametrize(("language", "command"), [("python", [sys.executable]), ("javascript", ["node"])])
+def test_the_readmes_clients_save_files_and_fail_with_the_message(
+    worker: Worker, tmp_path: pathlib.Path, language: str, command: list[str]
+) -> None:
+    if not shutil.which(command[0]):
+        pytest.skip(f"there is no {command[0]} on this machine")
+    (code,) = blocks(language, "text/event-stream")
+    script = tmp_path / "client.mjs"
+    for step in ("steps: 4", '"steps": 4'):
+        code = code.replace(step, step + (', "width": 64, "height": 64'))
+    code = code.replace("http://127.0.0.1:8000", worker.url)
+    script.write_text(code)
+    done = subprocess.run([*command, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / done.stdout.strip()).read_bytes().startswith(PNG)
-    failing = code.replace('"steps": 4', '"steps": "four"')
-    done = subprocess.run([sys.executable, "-c", failing], cwd=tmp_path, capture_output=True, text=True)
+    assert (tmp_path / done.stdout.strip()).read_bytes().startswith(PNG) and "100" in done.stderr
+    script.write_text(re.sub('("?steps"?): 4', r'\1: "four"', code))
+    done = subprocess.run([*command, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "steps has to be integer, not 'four'" in done.stderr
+    script.write_text(re.sub('("?width"?): 64', r"\1: 8", code))
+    done = subprocess.run([*command, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "EmptyLatentImage (node 5): Value 8 smaller than min" in done.stderr
 
 
 def test_the_readmes_receiver_verifies(worker: Worker, tmp_path: pathlib.Path) -> None:
@@ -3163,11 +3181,10 @@ DEMO = """
 The worker answers at {url}, with a stand-in for ComfyUI behind it: real requests and answers, no model.
 In another terminal, try:
 
-  curl -s {url}/generate/sync -d '{{"input": {{"modifier": "Text2Image", "modifications": {{"prompt": "a cat"}}}}}}'
+  curl -fsS {url}/generate/sync -H 'Accept: image/*' -o cat.png -d '{{"input": {{"modifier": "Text2Image", "modifications": {{"prompt": "a cat"}}}}}}'
 
-The answer is JSON with a PNG in it, as base64. Add this to the command to have it in cat.png:
-
-  | python3 -c 'import json, base64; open("cat.png", "wb").write(base64.b64decode(json.loads(input())["output"][0]["data"]))'
+That is a picture in cat.png. Without -H and -o the answer is JSON with the picture in it, as base64; with
+-N -H 'Accept: text/event-stream' it comes after the job's progress, line by line.
 
 Ctrl-C ends it.
 """  # noqa: E501
