@@ -423,8 +423,7 @@ def read_job(job: Job, given: dict[str, Any]) -> None:
     job.output_format, job.output_quality = known.get("output_format", ""), known.get("output_quality", 90)
     if job.accept != EVENT_STREAM:
         job.on_event = None
-    is_shown = job.accept in (JSON, EVENT_STREAM) or bool(job.settings.webhook_url)
-    job.as_base64 = known.get("return_outputs_as_base64", is_shown and not job.settings.s3_bucket_name)
+    job.as_base64 = known.get("return_outputs_as_base64", not job.settings.s3_bucket_name)
     if (webhook or job.extra_params) and not job.settings.webhook_url:
         job.warnings.append("no webhook is sent: neither webhook.url nor WEBHOOK_URL is set")
 
@@ -886,7 +885,8 @@ class Progress:
 
 def is_still(output: Output, entry: dict[str, Any]) -> bool:
     """Whether the file is an image that ComfyUI converts as a whole: of an animation it takes the first frame."""
-    is_animated = any(entry["outputs"][output["node_id"]].get("animated") or [])
+    animated = entry["outputs"][output["node_id"]].get("animated")
+    is_animated = animated is True or (isinstance(animated, list) and True in animated)
     is_image = output["filename"].lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"))
     return output["output_type"] == "images" and is_image and not is_animated
 
@@ -1021,10 +1021,11 @@ def choose(job: Job, comfyui: ComfyUI) -> None:
             job.chosen, job.output_format = output, job.accept.partition("/")[2]
         if job.chosen:
             return
-    job.as_base64 = not job.settings.s3_bucket_name
-    deliver(job, job.outputs, comfyui)
     made = ", ".join(output["mimetype"] for output in files) or "no file"
-    raise JobError(406, "not_acceptable", f"no output is {job.accept}; there is {made}")
+    error = JobError(406, "not_acceptable", f"no output is {job.accept}; there is {made}")
+    job.accept = JSON
+    deliver(job, job.outputs, comfyui)
+    raise error
 
 
 def _upload(job: Job, output: Output, comfyui: ComfyUI, preview: str) -> JobError | None:
@@ -1052,7 +1053,9 @@ def _upload(job: Job, output: Output, comfyui: ComfyUI, preview: str) -> JobErro
 
 def _embed(job: Job, output: Output, comfyui: ComfyUI, preview: str) -> None:
     """Puts the file's bytes into the output if they are wanted; mimetype and size always are."""
-    limit, is_wanted = job.settings.output_base64_max_bytes, job.as_base64 or "upload_error" in output
+    limit = job.settings.output_base64_max_bytes
+    is_shown = job.accept in (JSON, EVENT_STREAM) or job.settings.webhook_url
+    is_wanted = (job.as_base64 and is_shown) or "upload_error" in output
     with comfyui.open(output, preview) as file:
         if is_wanted and output["size"] > limit:
             output["error"] = f"{output['size']} bytes are more than the {limit} of OUTPUT_BASE64_MAX_BYTES; use S3"

@@ -2039,6 +2039,8 @@ def test_where_nothing_fits_the_envelope_has_it_all(worker: Worker) -> None:
     answer = worker.post({"workflow_json": picture()}, {"Accept": "video/*"})
     assert (answer.status, answer.error["type"]) == (406, "not_acceptable")
     assert "image/png" in answer.error["message"] and base64.b64decode(answer.files[0]["data"]).startswith(b"\x89PNG")
+    blind = worker.post({"workflow_json": picture(), "accept": "video/*", "return_outputs_as_base64": False})
+    assert blind.status == 406 and "data" not in blind.files[0]
 
 
 def test_a_failed_job_is_json_whatever_was_asked_for(worker: Worker) -> None:
