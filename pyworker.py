@@ -231,6 +231,7 @@ def not_ready(state: str) -> JobError:
 # Job ##################################################################################################################
 
 RANDOM_INT = "__RANDOM_INT__"
+MAX_JSON_VALUES = 10**6  # graphs have some thousands; 64 MiB of "[],[],[]" would take 3 GB and half a minute
 MAX_JSON_DEPTH = 100  # ComfyUI's own graphs nest 5 deep; deeper ones only serve to exhaust the stack
 EVENT_STREAM, JSON = "text/event-stream", "application/json"
 TIMINGS = ("queue_ms", "preprocess_ms", "generation_ms", "postprocess_ms")
@@ -301,9 +302,11 @@ class Job:
 
 def parse_input(body: bytes) -> dict[str, Any]:
     """What a request says of its job: {"input": {…}}, or that in the serverless envelope's "payload"; 400 otherwise."""
+    if sum(body.count(each) for each in (b",", b"[", b"{")) > MAX_JSON_VALUES:
+        raise invalid(f"the body has more than {MAX_JSON_VALUES} values")
     try:
         value = json.loads(body, parse_constant=_finite, parse_float=_finite)
-        _check(value, MAX_JSON_DEPTH)
+        _check([value], MAX_JSON_DEPTH)
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise invalid(f"the body is not JSON that can be read: {error}") from None
     if isinstance(value, dict) and isinstance(value.get("payload"), dict):
@@ -325,8 +328,9 @@ def _check(value: Any, left: int) -> None:
         raise RecursionError(f"it is nested more than {MAX_JSON_DEPTH} deep")
     if isinstance(value, str):
         value.encode()
-    elif isinstance(value, (dict, list)):
-        for each in (*value, *value.values()) if isinstance(value, dict) else value:
+        return
+    for each in (*value, *value.values()) if isinstance(value, dict) else value:
+        if isinstance(each, (str, dict, list)):  # a list may have millions of the others
             _check(each, left - 1)
 
 
@@ -1430,9 +1434,9 @@ CONNECTION_SECONDS = 30  # without a byte on a connection that owes us some
 DRAIN_SECONDS = 5  # for a client to see its refusal while it is still sending
 ROUTES = {"/generate/sync": ["POST"], "/health": ["GET", "HEAD"], "/health/live": ["GET", "HEAD"]}
 STATUS_HEADERS = {
-    202: ("Preference-Applied", "respond-async"),
-    401: ("WWW-Authenticate", "Bearer"),
-    503: ("Retry-After", "5"),
+    202: {"Preference-Applied": "respond-async"},
+    401: {"WWW-Authenticate": "Bearer"},
+    503: {"Retry-After": "5"},
 }
 KEEP_ALIVE_SECONDS = 15  # between the comments of an event stream; proxies end silent connections after 50 or 60 s
 
@@ -1454,11 +1458,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         raise AttributeError(name)
 
     def _handle(self) -> None:
-        # a head that http.server half understands hides where the next request begins
-        has_defect = any(
-            "Header" in type(each).__name__ for each in self.headers.defects
-        )  # others are of multipart bodies
-        malformed = has_defect or any(name != name.strip() for name in self.headers)
+        # a head that http.server half understands hides where the next request begins; other defects are of the body
+        defects = [each for each in self.headers.defects if "Header" in type(each).__name__]
+        malformed = bool(defects) or any(name != name.strip() for name in self.headers)
         lengths = self.headers.get_all("Content-Length", ["0"])
         self.owes_body = malformed or lengths != ["0"] or "Transfer-Encoding" in self.headers
         self.server.worker.begin()
@@ -1510,12 +1512,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             except JobError as error:
                 self._send(error.status, envelope(job, error))
                 return
-            self.send_response(200)
-            self.send_header("Content-Type", output["mimetype"])
-            self.send_header("Content-Length", str(output["size"]))
-            self.send_header("Content-Disposition", f'inline; filename="{plain}"')
-            self.send_header("X-Request-Id", str(job.request_id))
-            self.end_headers()
+            headers = {"Content-Type": output["mimetype"], "Content-Length": str(output["size"])}
+            headers |= {"Content-Disposition": f'inline; filename="{plain}"', "X-Request-Id": str(job.request_id)}
+            self.send_head(200, headers)
             shutil.copyfileobj(file, self.wfile)
             self.wfile.flush()
 
@@ -1545,20 +1544,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _send(self, status: int, answer: dict[str, Any]) -> None:
         body = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        if status in STATUS_HEADERS:
-            self.send_header(*STATUS_HEADERS[status])
-        if status == 405:
-            self.send_header("Allow", ", ".join(answer["error"]["allow"]))
-        if self.owes_body or self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
+        headers = {"Content-Type": JSON, "Content-Length": str(len(body)), **STATUS_HEADERS.get(status, {})}
+        headers |= {"Allow": ", ".join(answer["error"]["allow"])} if status == 405 else {}
+        headers |= {"Connection": "close"} if self.owes_body or self.close_connection else {}
+        self.send_head(status, headers)
         self.wfile.write(b"" if self.command == "HEAD" else body)
         self.wfile.flush()
         if self.owes_body:
             self._drain()
+
+    def send_head(self, status: int, headers: dict[str, str]) -> None:
+        """Everything before the body."""
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
 
     def _drain(self) -> None:
         """Reads on for a while after a refusal: closing on unread bytes would reset the connection under the answer."""
@@ -1594,32 +1594,31 @@ class EventStream:
     def send(self, event: str, about: dict[str, Any]) -> None:
         """Sends one event; a client that has gone is noticed elsewhere."""
         if not self.is_open:
-            self._open()
+            self.is_open = self._handler.close_connection = True
+            # nginx would collect the events
+            headers = {"Content-Type": EVENT_STREAM, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+            self._handler.send_head(200, {**headers, "Connection": "close"})
+            threading.Thread(target=self._keep_alive, name="keep-alive", daemon=True).start()
         self._write(f"event: {event}\ndata: {json.dumps(about)}\n\n")
 
     def end(self, answer: dict[str, Any]) -> None:
         """Sends the answer as the last event."""
-        self._ended.set()
         self.send("result", answer)
-
-    def _open(self) -> None:
-        self.is_open = self._handler.close_connection = True
-        self._handler.send_response(200)
-        self._handler.send_header("Content-Type", EVENT_STREAM)
-        self._handler.send_header("Cache-Control", "no-store")
-        self._handler.send_header("X-Accel-Buffering", "no")  # nginx would collect the events
-        self._handler.send_header("Connection", "close")
-        self._handler.end_headers()
-        threading.Thread(target=self._keep_alive, name="keep-alive", daemon=True).start()
+        self._ended.set()
 
     def _keep_alive(self) -> None:
         while not self._ended.wait(KEEP_ALIVE_SECONDS):
             self._write(": the job is under way\n\n")
 
     def _write(self, text: str) -> None:
-        with self._lock, contextlib.suppress(*CONNECTION_LOST, ValueError):  # ValueError: it is closed
-            self._handler.wfile.write(text.encode())
-            self._handler.wfile.flush()
+        with self._lock:
+            if self._ended.is_set():
+                return
+            try:
+                self._handler.wfile.write(text.encode())
+                self._handler.wfile.flush()
+            except CONNECTION_LOST:  # a client that has stopped reading may hold up its job once, not again and again
+                self._ended.set()
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):

@@ -1205,6 +1205,7 @@ NOT_A_JOB = [
     (b'{"input": {"seed": NaN}}', "NaN is no number that JSON has"),
     (b'{"input": {"seed": 1e400}}', "1e400 is no number that JSON has"),
     (b'{"input": {"seed": ' + b"9" * 5000 + b"}}", "not JSON"),
+    (b'{"input": [' + b"0," * 1_000_001 + b"0]}", "more than 1000000 values"),
     (b"\xff\xfe", "not JSON"),
     (b"[" * 100000, "not JSON that can be read"),
     (b'{"input": ' + b"[" * 150 + b"]" * 150 + b"}", "nested more than 100 deep"),
