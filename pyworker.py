@@ -702,10 +702,8 @@ class ComfyUI:
             is_lost = is_lost or kind == "connection_lost"
             if kind in ("execution_start", "connection_lost"):
                 deadline = min(deadline, time.monotonic() + limit)
-            if kind == "execution_cached" and job.on_event:
-                progress.begin(self._accepted_outputs(job.prompt_id), about["nodes"])
-            if kind == "progress_state" and job.on_event:
-                progress.update(about["nodes"])
+            if job.on_event:
+                self._report(job, progress, kind, about)
             # it sends "node": null once a prompt has ended and its history is written
             is_end = kind == "executing" and about.get("node", "") is None
             if not is_end and kind not in ("silence", "connection_lost", "connected"):
@@ -739,11 +737,14 @@ class ComfyUI:
                 return True
         return False
 
-    @understanding()
-    def _accepted_outputs(self, prompt_id: str) -> list[str]:
-        """The nodes that the prompt is run for; none when it has ended already."""
-        items = self._get("/queue")["queue_running"]
-        return next((list(item[4]) for item in items if item[1] == prompt_id), [])
+    def _report(self, job: Job, progress: Progress, kind: str, about: dict[str, Any]) -> None:
+        """Tells how far the job is; what cannot be told costs no job."""
+        with contextlib.suppress(JobError, *CONNECTION_LOST), understanding():
+            if kind == "execution_cached":
+                items = self._get("/queue")["queue_running"]
+                progress.begin([id for item in items if item[1] == job.prompt_id for id in item[4]], about["nodes"])
+            if kind == "progress_state":
+                progress.update(about["nodes"])
 
     def _stop_prompt(self, job: Job) -> None:
         """Takes the prompt off ComfyUI: out of its queue, or off the GPU."""
@@ -853,7 +854,6 @@ class Progress:
         self._needed: dict[str, bool] = {}  # node id: whether it is cached
         self._percent = 0.0
 
-    @understanding()
     def begin(self, outputs: list[str], cached: list[str]) -> None:
         """Takes the ids of the nodes that the job is run for, and of those that are cached."""
         graph, ahead = self._job.workflow, list(outputs)
@@ -865,7 +865,6 @@ class Progress:
                 ahead += [link[0] for link in links if isinstance(link, list) and len(link) == 2 and link[0] in graph]
         self.update({})
 
-    @understanding()
     def update(self, nodes: dict[str, Any]) -> None:
         """Takes the states of the nodes that have begun: {id: {"value": …, "max": …, "state": …}}"""
         parts = {id: about["value"] / (about["max"] or 1) for id, about in nodes.items()}
@@ -1028,7 +1027,8 @@ def choose(job: Job, comfyui: ComfyUI) -> None:
     made = ", ".join(output["mimetype"] for output in files) or "no file"
     error = JobError(406, "not_acceptable", f"no output is {job.accept}; there is {made}")
     job.accept = JSON
-    deliver(job, job.outputs, comfyui)
+    for output in files if job.as_base64 else []:
+        patiently(job, functools.partial(_embed, job, output, comfyui, preview_of(job, output)))
     raise error
 
 

@@ -2341,6 +2341,14 @@ def test_an_odd_answer_of_comfyui_is_its_error_not_the_workers(
     assert behind.post({"workflow_json": picture()}).status == 200
 
 
+def test_a_progress_that_cannot_be_told_costs_no_job(start: Callable[..., Worker], comfyui_url: str) -> None:
+    tunnel = AnsweringTunnel(comfyui_url, "GET /queue", 200, {"queue_running": [5]})
+    behind = start(COMFYUI_API_BASE=tunnel.url)
+    tunnel.is_odd = True
+    told = events(behind.post({"workflow_json": text2image()}, STREAM).body)
+    assert told[-1][1]["status"] == "completed" and told[-2][1]["percent"] == 100
+
+
 def test_a_refusal_is_told_even_where_the_choices_cannot_be_had(start: Callable[..., Worker], comfyui_url: str) -> None:
     tunnel = AnsweringTunnel(comfyui_url, "GET /object_info", 500, b"")
     behind = start(COMFYUI_API_BASE=tunnel.url)
