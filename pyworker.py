@@ -134,7 +134,8 @@ read_plain = matching(r"[!-~]+", "a string in plain ASCII, without spaces")
 read_flag = reader("true or false", lambda value: isinstance(value, bool))
 read_object = reader("an object", lambda value: isinstance(value, dict))
 read_url = reader(
-    "an http:// or https:// URL in plain ASCII, without a password, such as https://example.com/path", is_url
+    "an http:// or https:// URL in plain ASCII, without a password, such as http://127.0.0.1:8188 or https://example.com/path",
+    is_url,
 )
 read_count = number(0, 2**53, int)  # beyond, JSON's numbers are no longer exact
 read_seconds = number(0, 10**7, int, float)  # 115 days: threads cannot wait much longer
@@ -154,7 +155,7 @@ class Settings:
     comfyui_api_base: str = _setting("http://127.0.0.1:8188", read_url, "where ComfyUI answers")
     comfyui_install_path: str = _setting("", read_text, "ComfyUI's folder; set, an answer shows each file's local_path")
     comfyui_return_timeout: float = _setting(120.0, read_seconds, "seconds that ComfyUI may stay away under a job")
-    auth_token: str = _setting("", read_plain, "what clients have to send as 'Authorization: Bearer …'")
+    auth_token: str = _setting("", read_plain, "what clients have to send as 'Authorization: Bearer <token>'")
     max_queue_size: int = _setting(100, read_count, "jobs that may wait for the GPU; the next one gets 503")
     max_body_bytes: int = _setting(64 << 20, read_count, "largest request body")
     output_base64_max_bytes: int = _setting(64 << 20, read_count, "largest file that an answer carries as base64")
@@ -300,8 +301,10 @@ class Job:
         return message
 
 
-def parse_input(body: bytes) -> dict[str, Any]:
-    """What a request says of its job: {"input": {…}}, or that in the serverless envelope's "payload"; 400 otherwise."""
+def parse_request(body: bytes) -> dict[str, Any]:
+    """The request: {"input": {…}}, or what has that in the serverless envelope's "payload"; 400 otherwise."""
+    if not body.strip():
+        raise invalid('the body is empty; send JSON: {"input": {"workflow_json": {...}}}')
     if sum(body.count(each) for each in (b",", b"[", b"{")) > MAX_JSON_VALUES:
         raise invalid(f"the body has more than {MAX_JSON_VALUES} values")
     try:
@@ -312,8 +315,8 @@ def parse_input(body: bytes) -> dict[str, Any]:
     if isinstance(value, dict) and isinstance(value.get("payload"), dict):
         value = value["payload"]
     if not isinstance(value, dict) or not isinstance(value.get("input"), dict):
-        raise invalid('the body has to be a JSON object with the job in "input": {"input": {"workflow_json": {…}}}')
-    return dict(value["input"])
+        raise invalid('the body has to be a JSON object with the job in "input": {"input": {"workflow_json": {...}}}')
+    return dict(value)
 
 
 def _finite(text: str) -> float:
@@ -392,15 +395,17 @@ INPUT_FIELDS: dict[str, Reader] = {
 }
 S3_FIELDS = {
     **dict.fromkeys(("access_key_id", "secret_access_key", "region"), read_plain),
-    "bucket_name": matching(r"[A-Za-z0-9._-]{3,255}", "the name of a bucket"),  # an ARN would choose another endpoint
+    "bucket_name": matching(
+        r"[A-Za-z0-9._-]{3,255}", "the name of a bucket, 3 to 255 of A-Z a-z 0-9 . _ -"
+    ),  # an ARN would choose another endpoint
     "endpoint_url": read_url,
 }
 WEBHOOK_FIELDS = {"url": read_url, "extra_params": read_object, "secret": read_signing_key, "timeout": read_timeout}
 
 
-def read_job(job: Job, given: dict[str, Any]) -> None:
-    """Fills the job with what a request's `input` asks for, request over environment; 400 where a rule is broken."""
-    job.request_id = str(uuid.uuid4())
+def read_job(job: Job, request: dict[str, Any]) -> None:
+    """Fills the job with what the request asks for, request over environment; 400 where a rule is broken."""
+    job.request_id, given = str(uuid.uuid4()), request["input"]
     try:
         job.request_id = read_fields(given, {"request_id": read_request_id}).get("request_id", job.request_id)
         known = read_fields(given, INPUT_FIELDS)
@@ -408,14 +413,16 @@ def read_job(job: Job, given: dict[str, Any]) -> None:
         webhook = read_fields(known.get("webhook", {}), WEBHOOK_FIELDS, "webhook.")
     except ValueError as error:
         raise invalid(str(error)) from None
-    if ("modifier" in known) == ("workflow_json" in known):
-        given_are = "both" if "modifier" in known else "neither"
-        raise invalid(f"give exactly one of modifier and workflow_json in input; {given_are} is given")
-    if "modifications" in known and "modifier" not in known:
-        raise invalid("modifications go with a modifier; with workflow_json, put the values into the workflow itself")
     levels = ("", given, known), ("s3.", known.get("s3", {}), s3), ("webhook.", known.get("webhook", {}), webhook)
     unread = [prefix + name for prefix, raw, read in levels for name in raw.keys() - read if raw[name] not in BLANK]
-    job.warnings = [f"{name:.50} is no field of a request; it was ignored" for name in sorted(unread)]
+    beside = [f"{name}, beside input," for name in request if name in INPUT_FIELDS]
+    job.warnings = [f"{name:.50} is no field of a request; it was ignored" for name in sorted(unread) + beside]
+    if ("modifier" in known) == ("workflow_json" in known):
+        given_are = "both" if "modifier" in known else "neither"
+        unknown = f"; unknown: {', '.join(unread[:5]):.200}" if unread else ""
+        raise invalid(f"give exactly one of modifier and workflow_json in input, not {given_are}{unknown}")
+    if "modifications" in known and "modifier" not in known:
+        raise invalid("modifications go with a modifier; with workflow_json, put the values into the workflow itself")
     job.modifier, job.modifications = known.get("modifier", ""), known.get("modifications", {})
     job.workflow = known.get("workflow_json", {})
     job.extra_params = webhook.pop("extra_params", {})
@@ -473,6 +480,9 @@ def seeds(graph: Graph) -> dict[str, int]:
 # Addresses ############################################################################################################
 
 
+KEEP_SECONDS = 30  # ComfyUI closes a connection that has been idle for 75
+
+
 class WholeResponse(http.client.HTTPResponse):
     """One that notices when its body is cut short, which `read` with a size ends in silence otherwise."""
 
@@ -494,21 +504,41 @@ def connect(url: str, seconds: float) -> http.client.HTTPConnection:
     return connection
 
 
+Kept = list[tuple[float, http.client.HTTPConnection]]  # connections to one server, and when each was used
+
+
 @contextlib.contextmanager
-def request(url: str, json: bytes | None, seconds: float, **headers: str) -> Iterator[http.client.HTTPResponse]:
-    """The answer to a GET, or where there is JSON a POST, whatever its status; redirects are not followed."""
+def request(
+    url: str, json: bytes | None, seconds: float, headers: Mapping[str, str], kept: Kept | None = None
+) -> Iterator[http.client.HTTPResponse]:
+    """The answer to a GET, or where there is JSON a POST, whatever its status; redirects are not followed.
+
+    `kept` lends a connection, if it has one, and gets it back: ComfyUI takes 0.2 ms to accept a new one.
+    """
     parts = urllib.parse.urlsplit(url)
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     body = None
     if json is not None:  # sent in pieces: a time-out covers all that is sent at once
-        body, headers = (
-            io.BytesIO(json),
-            {**headers, "Content-Type": "application/json", "Content-Length": str(len(json))},
-        )
-    with contextlib.closing(connect(url, seconds)) as connection:
+        body = io.BytesIO(json)
+        headers = {**headers, "Content-Type": "application/json", "Content-Length": str(len(json))}
+    connection = _reuse(kept or [], seconds) or connect(url, seconds)
+    with contextlib.ExitStack() as stack:
+        stack.callback(connection.close)
         connection.request("GET" if body is None else "POST", path, body, headers)
-        with connection.getresponse() as response:
-            yield response
+        response = connection.getresponse()
+        yield response
+        if kept is not None and response.length == 0 and not response.will_close:
+            kept.append((time.monotonic(), connection))
+            stack.pop_all()
+
+
+def _reuse(kept: Kept, seconds: float) -> http.client.HTTPConnection | None:
+    with contextlib.suppress(IndexError):
+        used_at, connection = kept.pop()
+        if connection.sock and time.monotonic() - used_at < KEEP_SECONDS:
+            connection.sock.settimeout(seconds)
+            return connection
+    return None
 
 
 # ComfyUI ##############################################################################################################
@@ -546,6 +576,7 @@ class ComfyUI:
         self.settings = settings
         self.url = settings.comfyui_api_base.rstrip("/")
         self._about: dict[str, Any] = {"url": self.url, "version": None, "device": None, "vram_free": None}
+        self._kept: Kept = []
         self._socket: websocket.WebSocket | None = None
         self._client_id = ""  # of the websocket's connection; empty while there is none
         self._job: Job | None = None
@@ -594,14 +625,17 @@ class ComfyUI:
 
     def listen(self) -> None:
         """Keeps the websocket connected and drained, for ever."""
-        pause = threading.Event()
+        pause, trouble = threading.Event(), ""
         while True:
             try:
                 self._follow()
             except Exception as error:  # whatever a server sends, somebody has to listen to the next one
-                if self._client_id:
-                    log.warning("lost the connection to ComfyUI: %s", error)
-                self._client_id = ""
+                if self._client_id or str(error) != trouble:
+                    log.warning(
+                        "%s ComfyUI: %s", "lost the connection to" if self._client_id else "cannot reach", error
+                    )
+                self._client_id, trouble = "", str(error)
+                self._kept.clear()
                 self._failing_since = self._failing_since or time.monotonic()
                 self._tell_job("connection_lost")
             pause.wait(RECONNECT_SECONDS)  # nobody tells when a server comes up
@@ -778,7 +812,7 @@ class ComfyUI:
         with understanding():
             converted = {"preview": preview} if preview else {}
             query = urllib.parse.urlencode({name: output[name] for name in FILE} | converted)
-        with request(f"{self.url}/view?{query}", None, HTTP_SECONDS) as response:
+        with request(f"{self.url}/view?{query}", None, HTTP_SECONDS, {}, self._kept) as response:
             if response.status == 404:
                 raise JobError(502, "output_missing", f"{output['filename']} is no longer on ComfyUI's disk")
             if response.status != 200 or response.length is None:
@@ -791,7 +825,10 @@ class ComfyUI:
     def _exchange(self, path: str, body: Any = None, seconds: float = HTTP_SECONDS) -> tuple[int, Any]:
         """The status and the JSON body, None where it is none."""
         data = None if body is None else json.dumps(body).encode()
-        with request(self.url + path, data, seconds) as response, contextlib.suppress(ValueError, RecursionError):
+        with (
+            request(self.url + path, data, seconds, {}, self._kept) as response,
+            contextlib.suppress(ValueError, RecursionError),
+        ):
             return response.status, json.load(response, parse_constant=lambda _: None)  # JSON has no NaN
         return response.status, None
 
@@ -831,9 +868,12 @@ class ComfyUI:
     def choices(self, class_type: str, name: str) -> list[str]:
         """What ComfyUI offers for that input of a node."""
         try:
-            inputs = self._get(f"/object_info/{urllib.parse.quote(class_type, safe='')}")[class_type]["input"]
+            about = self._get(f"/object_info/{urllib.parse.quote(class_type, safe='')}")
         except CONNECTION_LOST:
             raise not_ready("unreachable") from None
+        if class_type not in about:
+            raise JobError(422, "workflow_rejected", f"ComfyUI has no node {class_type}{HINTS['invalid_prompt']}")
+        inputs = about[class_type]["input"]
         # [[choice, …], {…}] or, as newer nodes have it, ["COMBO", {"options": [choice, …]}]
         kind, *options = {**inputs.get("required", {}), **inputs.get("optional", {})}[name]
         return [str(each) for each in (kind if isinstance(kind, list) else options[0]["options"])]
@@ -842,7 +882,7 @@ class ComfyUI:
 FILE = {"filename": "", "subfolder": "", "type": "output"}  # what names a file to ComfyUI, and the defaults
 HINTS = {  # by the type of ComfyUI's refusal
     "prompt_no_outputs": "; add an output node that saves, such as SaveImage, and connect it",
-    "invalid_prompt": "; install the custom nodes that bring it",
+    "invalid_prompt": "; check the spelling, or install the custom nodes that bring it",
 }
 
 
@@ -1117,7 +1157,10 @@ def _without_keys(text: str, settings: Settings) -> str:
 
 
 def post_webhook(settings: Settings, message_id: str, body: bytes) -> str:
-    """One try, signed after the Standard Webhooks specification; 'delivered', 'refused', or 'failed': worth a retry."""
+    """One try, signed after the Standard Webhooks specification; "" where it was delivered, else what became of it.
+
+    What begins with "failed" is worth another try.
+    """
     timestamp = str(int(time.time()))
     headers = {
         "webhook-id": message_id,
@@ -1129,24 +1172,25 @@ def post_webhook(settings: Settings, message_id: str, body: bytes) -> str:
         headers["webhook-signature"] = f"v1,{base64.b64encode(digest).decode()}"
     try:
         # a redirect is no delivery: a signed message goes where it was meant to go, or nowhere
-        with request(settings.webhook_url, body, settings.webhook_timeout, **headers) as response:
+        with request(settings.webhook_url, body, settings.webhook_timeout, headers) as response:
             status = response.status
-    except (*CONNECTION_LOST, UnicodeError):  # of a name that cannot be looked up
-        return "failed"
-    return "delivered" if 200 <= status < 300 else "failed" if status in (408, 429) or status >= 500 else "refused"
+    except (*CONNECTION_LOST, UnicodeError) as error:  # UnicodeError: of a name that cannot be looked up
+        return f"failed: {error}"
+    is_passing = status in (408, 429) or status >= 500
+    return "" if 200 <= status < 300 else f"{'failed' if is_passing else 'refused'} with status {status}"
 
 
-def deliver_webhook(settings: Settings, message_id: str, body: bytes) -> None:
+def deliver_webhook(job: Job, body: bytes) -> None:
     """Posts the message until its receiver takes or refuses it, five times at most, over ten minutes or more."""
     pause = threading.Event()
-    for seconds in (*WEBHOOK_PAUSES_SECONDS, None):
-        outcome = post_webhook(settings, message_id, body)
-        if outcome != "failed" or seconds is None:
+    for seconds in (*WEBHOOK_PAUSES_SECONDS, 0):
+        trouble = post_webhook(job.settings, job.prompt_id, body)
+        if not trouble.startswith("failed") or not seconds:
             break
-        log.warning("webhook %s failed; it is tried again in about %g s", message_id, seconds)
+        log.warning("the webhook of job %s: %s; it is tried again in about %g s", job.request_id, trouble, seconds)
         pause.wait(seconds * random.uniform(0.8, 1.2))
-    if outcome != "delivered":
-        log.error("webhook %s was not delivered: %s", message_id, outcome)
+    if trouble:
+        log.error("the webhook of job %s was not delivered: %s", job.request_id, trouble)
 
 
 # Worker ###############################################################################################################
@@ -1259,7 +1303,7 @@ class Worker:
 
     def answer(self, job: Job, body: bytes) -> tuple[int, dict[str, Any]]:
         """Takes the job that `body` asks for to its end; returns the HTTP status and the envelope, for failures too."""
-        error = self._attempt(job, lambda: read_job(job, parse_input(body)))
+        error = self._attempt(job, lambda: read_job(job, parse_request(body)))
         if not error and job.is_async:
             return self._in_background(job)
         return self._end(job, error or self._attempt(job, lambda: self._process(job)))
@@ -1342,6 +1386,9 @@ class Worker:
             job.workflow = read_graph(self._modifiers.build(job.modifier, job.modifications, self.comfyui))
         except self._modifiers.InvalidModification as error:
             raise invalid(str(error), "invalid_modification", **error.details) from None
+        except ValueError as error:  # of read_graph, or the modifier's own
+            log.exception("modifier %s", job.modifier)
+            raise JobError(500, "internal_error", f"the modifier {job.modifier} built no workflow: {error}") from None
 
     def _notify(self, job: Job, answer: dict[str, Any]) -> None:
         """Starts a thread for the webhook: a receiver that never answers delays nobody."""
@@ -1349,7 +1396,7 @@ class Worker:
 
         def deliver() -> None:
             try:
-                deliver_webhook(job.settings, job.prompt_id, body)
+                deliver_webhook(job, body)
             finally:
                 self.begin(-1)
 
@@ -1481,7 +1528,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if origin and origin.partition("://")[2] != self.headers.get("Host"):
             raise JobError(403, "forbidden_origin", "requests of a page from another origin are refused")
         if path not in ROUTES:
-            raise JobError(404, "not_found", "there is nothing here; there is POST /generate/sync and GET /health")
+            raise JobError(404, "not_found", f"there is nothing here; there is {', '.join(ROUTES)}")
         if self.command not in ROUTES[path]:
             raise JobError(405, "method_not_allowed", f"{path} takes {' or '.join(ROUTES[path])}", allow=ROUTES[path])
         if path != "/generate/sync":
@@ -1489,7 +1536,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         wanted, given = f"Bearer {worker.settings.auth_token}", self.headers.get("Authorization", "")
         if worker.settings.auth_token and not hmac.compare_digest(wanted.encode(), given.encode("latin-1")):
-            raise JobError(401, "unauthorized", "this worker needs the header 'Authorization: Bearer …' with its token")
+            raise JobError(
+                401, "unauthorized", "this worker needs the header 'Authorization: Bearer <token>' with its token"
+            )
         is_included = self.headers.get("X-Include-ComfyUI-Response") in ("1", "true")
         settings = replace(worker.settings, include_comfyui_response=True) if is_included else worker.settings
         accept, prefer = (", ".join(self.headers.get_all(name, [])) for name in ("Accept", "Prefer"))
@@ -1543,7 +1592,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return True
 
     def _send(self, status: int, answer: dict[str, Any]) -> None:
-        body = json.dumps(answer).encode()
+        body = json.dumps(answer).encode() + b"\n"  # for who reads it in a terminal
         headers = {"Content-Type": JSON, "Content-Length": str(len(body)), **STATUS_HEADERS.get(status, {})}
         headers |= {"Allow": ", ".join(answer["error"]["allow"])} if status == 405 else {}
         headers |= {"Connection": "close"} if self.owes_body or self.close_connection else {}
@@ -1659,7 +1708,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"pyworker: {error}")
     except OSError as error:
-        sys.exit(f"pyworker: cannot listen on {settings.worker_host} port {settings.port}: {error}")
+        sys.exit(f"pyworker: cannot listen on {settings.worker_host} port {settings.port} (another: --port N): {error}")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, functools.partial(_stop, server))
     with contextlib.suppress(ImportError, ValueError, OSError):  # Linux' usual limit of 1024 is soon reached

