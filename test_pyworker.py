@@ -2651,6 +2651,17 @@ def test_a_thousand_idle_connections_stop_no_job(start: Callable[..., Worker]) -
     assert crowded.health().status == 200
 
 
+def test_a_connection_that_owes_bytes_is_not_waited_for_long(start: Callable[..., Worker]) -> None:
+    brisk = start(command=("-c", "import pyworker; pyworker.Handler.timeout = 1; pyworker.main()"))
+    before = footprint(brisk)
+    head = b"POST /generate/sync HTTP/1.1\r\nHost: x\r\n"
+    for sent in (b"", b"POST", head, head + b"Content-Length: 10\r\n\r\n{}"):
+        with socket.create_connection(("127.0.0.1", int(brisk.url.rpartition(":")[2])), 10) as connection:
+            connection.sendall(sent)
+            assert connection.recv(1000) == b"", "it was closed without an answer, as nothing was asked"
+    wait_for("its threads and sockets are gone", lambda: settled(brisk, before))
+
+
 def test_a_burst_of_connections_loses_none(worker: Worker) -> None:
     address = ("127.0.0.1", int(worker.url.rpartition(":")[2]))
     with contextlib.ExitStack() as stack:
