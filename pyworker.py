@@ -1233,7 +1233,8 @@ class Line:
                 self.jobs.remove(job)
                 self._call_first()
                 for each in self.jobs[1:]:
-                    each.inbox.put(MOVED)
+                    if each.on_event:  # the others need not wake up for it
+                        each.inbox.put(MOVED)
 
     def _call_first(self) -> None:
         if self.jobs and not self.jobs[0].has_turn:
