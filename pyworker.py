@@ -1232,9 +1232,8 @@ class Line:
             with self._lock:
                 self.jobs.remove(job)
                 self._call_first()
-                for each in self.jobs[1:]:
-                    if each.on_event:  # the others need not wake up for it
-                        each.inbox.put(MOVED)
+                for each in filter(lambda job: job.on_event, self.jobs[1:]):  # the others need not wake up for it
+                    each.inbox.put(MOVED)
 
     def _call_first(self) -> None:
         if self.jobs and not self.jobs[0].has_turn:
