@@ -1879,6 +1879,7 @@ def test_a_receiver_that_never_answers_delays_no_job(worker: Worker, receiver: R
 
 
 def test_jobs_run_one_at_a_time_in_the_order_they_came(worker: Worker, comfyui_url: str) -> None:
+    wait_for("ComfyUI has ended what tests before this one interrupted", lambda: not running_prompts(comfyui_url))
     jobs = []
     for number in range(5):
         jobs.append(in_background(worker.post, {"request_id": f"job{number}", "workflow_json": long_job(30)}))
