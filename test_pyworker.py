@@ -3115,7 +3115,7 @@ def test_the_readmes_clients_save_files_and_fail_with_the_message(
 ) -> None:
     if not shutil.which(command[0]):
         pytest.skip(f"there is no {command[0]} on this machine")
-    (code,) = blocks(language, "text/event-stream")
+    (code,) = [code for code in blocks(language, "text/event-stream") if "exit" in code]
     script = tmp_path / "client.mjs"
     for step in ("steps: 4", '"steps": 4'):
         code = code.replace(step, step + (', "width": 64, "height": 64'))
@@ -3130,6 +3130,14 @@ def test_the_readmes_clients_save_files_and_fail_with_the_message(
     script.write_text(re.sub('("?width"?): 64', r"\1: 8", code))
     done = subprocess.run([*command, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "EmptyLatentImage (node 5): Value 8 smaller than min" in done.stderr
+
+
+def test_the_readmes_progress_bar_is_drawn(worker: Worker) -> None:
+    (code,) = [code for code in blocks("python", "text/event-stream") if "exit" not in code]
+    code = code.replace('"steps": 4', '"steps": 4, "width": 64, "height": 64')
+    code = code.replace("http://127.0.0.1:8000", worker.url)
+    drawn = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60).stdout.decode()
+    assert drawn.rpartition("\r")[2].strip() == "#" * 40 + " 100.0 %" and drawn.count("\r") > 4
 
 
 def test_the_readmes_receiver_verifies(worker: Worker, tmp_path: pathlib.Path) -> None:
