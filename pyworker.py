@@ -174,6 +174,8 @@ class Settings:
     webhook_timeout: float = _setting(30.0, read_timeout, "seconds until a webhook's receiver counts as silent")
     webhook_secret: bytes = _setting(b"", read_signing_key, "signs what goes to WEBHOOK_URL: whsec_ and base64")
     default_checkpoint: str = _setting("", read_text, "Text2Image's checkpoint; empty: the first that ComfyUI lists")
+    workflow_file: str = _setting("", read_text, "RawWorkflow's graph, a file in API format; empty: Text2Image's")
+    workflows_dir: str = _setting("", read_text, "folder whose *.json files, in API format, are modifiers by their names")
     include_comfyui_response: bool = _setting(False, read_flag, "put ComfyUI's history entry into every answer")
     comfy_org_api_key: str = _setting("", read_plain, "passed on to ComfyUI for its partner nodes")
 
@@ -1416,7 +1418,7 @@ class Worker:
     @property
     def modifiers(self) -> list[str]:
         """Their names."""
-        return sorted(self._modifiers.MODIFIERS) if self._modifiers else []
+        return list(self._modifiers.names(self.comfyui)) if self._modifiers else []
 
     def health(self, is_probe_of_life: bool) -> tuple[int, dict[str, Any]]:
         """The HTTP status and the body of GET /health, or of GET /health/live: 503 only where a restart is needed."""
