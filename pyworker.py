@@ -175,7 +175,7 @@ class Settings:
     webhook_secret: bytes = _setting(b"", read_signing_key, "signs what goes to WEBHOOK_URL: whsec_ and base64")
     default_checkpoint: str = _setting("", read_text, "Text2Image's checkpoint; empty: the first that ComfyUI lists")
     workflow_file: str = _setting("", read_text, "RawWorkflow's graph, a file in API format; empty: Text2Image's")
-    workflows_dir: str = _setting("", read_text, "folder whose *.json files, in API format, are modifiers by their names")
+    workflows_dir: str = _setting("", read_text, "folder whose *.json files (API format) are modifiers by name")
     include_comfyui_response: bool = _setting(False, read_flag, "put ComfyUI's history entry into every answer")
     comfy_org_api_key: str = _setting("", read_plain, "passed on to ComfyUI for its partner nodes")
 

@@ -72,6 +72,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, ImageSequence
 from PIL.PngImagePlugin import PngInfo
 
+import modifiers
 import pyworker
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -2834,6 +2835,412 @@ def test_the_worker_serves_workflows_without_modifiers_py(start: Callable[..., W
     assert (answer.status, answer.error["type"]) == (400, "invalid_modification")
     assert "modifiers.py is not beside pyworker.py" in answer.error["message"]
     assert alone.health().json["modifiers"] == []
+
+
+def sampler(advanced: bool = False, **other: Any) -> dict[str, Any]:
+    """A KSampler, or a KSamplerAdvanced."""
+    both = dict(steps=20, cfg=7.0, sampler_name="euler", scheduler="normal", **other)
+    if not advanced:
+        return node("KSampler", **{"seed": 42, "denoise": 1.0, **both})
+    steps = dict(start_at_step=0, end_at_step=10000, return_with_leftover_noise="disable")
+    return node("KSamplerAdvanced", **{"noise_seed": 42, "add_noise": "enable", **steps, **both})
+
+
+def sdxl_with_refiner() -> dict[str, Any]:
+    size = dict(width=4096, height=4096, crop_w=0, crop_h=0, target_width=1024, target_height=1024)
+    refined = dict(width=1024, height=1024, clip=["12", 1])
+    base = dict(model=["4", 0], positive=["6", 0], negative=["7", 0], latent_image=["5", 0], end_at_step=16)
+    refiner = dict(model=["12", 0], positive=["15", 0], negative=["16", 0], latent_image=["10", 0], start_at_step=16)
+    return {
+        "4": node("CheckpointLoaderSimple", ckpt_name="sd_xl_base_1.0.safetensors"),
+        "12": node("CheckpointLoaderSimple", ckpt_name="sd_xl_refiner_1.0.safetensors"),
+        "5": node("EmptyLatentImage", width=1024, height=1024, batch_size=1),
+        "6": node("CLIPTextEncodeSDXL", text_g="a cat", text_l="a cat", clip=["4", 1], **size),
+        "7": node("CLIPTextEncodeSDXL", text_g="blurry", text_l="blurry", clip=["4", 1], **size),
+        "15": node("CLIPTextEncodeSDXLRefiner", text="a cat", ascore=6.0, **refined),
+        "16": node("CLIPTextEncodeSDXLRefiner", text="blurry", ascore=2.5, **refined),
+        "10": sampler(True, **base),
+        "11": sampler(True, noise_seed=0, add_noise="disable", **refiner),
+        "17": node("VAEDecode", samples=["11", 0], vae=["12", 2]),
+        "19": node("SaveImage", images=["17", 0], filename_prefix="sdxl"),
+    }
+
+
+def sd3() -> dict[str, Any]:
+    links = dict(model=["13", 0], positive=["16", 0], negative=["69", 0], latent_image=["135", 0])
+    return {
+        "252": node("CheckpointLoaderSimple", ckpt_name="sd3_medium.safetensors"),
+        "11": node("TripleCLIPLoader", clip_name1="clip_g", clip_name2="clip_l", clip_name3="t5xxl"),
+        "13": node("ModelSamplingSD3", shift=3.0, model=["252", 0]),
+        "135": node("EmptySD3LatentImage", width=1024, height=1024, batch_size=1),
+        "16": node("CLIPTextEncodeSD3", clip_l="a cat", clip_g="", t5xxl="a cat", empty_padding="none", clip=["11", 0]),
+        "71": node("CLIPTextEncode", text="blurry", clip=["11", 0]),
+        "67": node("ConditioningZeroOut", conditioning=["71", 0]),
+        "68": node("ConditioningSetTimestepRange", start=0.1, end=1.0, conditioning=["67", 0]),
+        "70": node("ConditioningSetTimestepRange", start=0.0, end=0.1, conditioning=["71", 0]),
+        "69": node("ConditioningCombine", conditioning_1=["68", 0], conditioning_2=["70", 0]),
+        "271": sampler(**links),
+        "231": node("VAEDecode", samples=["271", 0], vae=["252", 2]),
+        "9": node("SaveImage", images=["231", 0], filename_prefix="sd3"),
+    }
+
+
+def flux() -> dict[str, Any]:
+    custom = dict(noise=["25", 0], guider=["22", 0], sampler=["16", 0], sigmas=["17", 0], latent_image=["27", 0])
+    return {
+        "10": node("VAELoader", vae_name="ae.safetensors"),
+        "11": node("DualCLIPLoader", clip_name1="t5xxl_fp16", clip_name2="clip_l", type="flux", device="default"),
+        "12": node("UNETLoader", unet_name="flux1-dev.safetensors", weight_dtype="default"),
+        "6": node("CLIPTextEncodeFlux", clip_l="a cat", t5xxl=["2:1", 0], guidance=3.5, clip=["11", 0]),
+        "2:1": node("PrimitiveStringMultiline", value="a cat on a windowsill"),
+        "26": node("FluxGuidance", guidance=3.5, conditioning=["6", 0]),
+        "30": node("ModelSamplingFlux", max_shift=1.15, base_shift=0.5, width=1024, height=1024, model=["12", 0]),
+        "17": node("BasicScheduler", scheduler="simple", steps=20, denoise=1, model=["30", 0]),
+        "16": node("KSamplerSelect", sampler_name="euler"),
+        "25": node("RandomNoise", noise_seed=42),
+        "22": node("BasicGuider", model=["30", 0], conditioning=["26", 0]),
+        "27": node("EmptySD3LatentImage", width=1024, height=1024, batch_size=1),
+        "13": node("SamplerCustomAdvanced", **custom),
+        "8": node("VAEDecode", samples=["13", 0], vae=["10", 0]),
+        "9": node("SaveImage", images=["8", 0], filename_prefix="flux"),
+    }
+
+
+def image2image() -> dict[str, Any]:
+    scaled = node("ImageScale", image=["10", 0], upscale_method="lanczos", width=512, height=512, crop="center")
+    begun = {"10": node("LoadImage", image="cat.png"), "11": scaled}
+    return {**text2image(), **begun, "5": node("VAEEncode", pixels=["11", 0], vae=["4", 2])}
+
+
+def inpainting() -> dict[str, Any]:
+    graph = {**text2image(), "20": node("LoadImage", image="cat.png")}
+    links = dict(positive=["6", 0], negative=["7", 0], vae=["4", 2], pixels=["20", 0], mask=["20", 1])
+    graph["5"] = node("InpaintModelConditioning", noise_mask=True, **links)
+    graph["3"]["inputs"] |= dict(positive=["5", 0], negative=["5", 1], latent_image=["5", 2])
+    return graph
+
+
+def controlnet() -> dict[str, Any]:
+    links = dict(positive=["6", 0], negative=["7", 0], control_net=["31", 0], image=["33", 0], vae=["4", 2])
+    graph = {
+        **text2image(size=512),
+        "30": node("LoadImage", image="pose.png"),
+        "31": node("ControlNetLoader", control_net_name="openpose.safetensors"),
+        "33": node("ImageScale", image=["30", 0], upscale_method="area", width=512, height=768, crop="disabled"),
+        "34": node("ControlNetApplyAdvanced", strength=0.8, start_percent=0.0, end_percent=1.0, **links),
+    }
+    graph["3"]["inputs"] |= dict(positive=["34", 0], negative=["34", 1])
+    return graph
+
+
+def lora_chain() -> dict[str, Any]:
+    first = dict(lora_name="detail.safetensors", strength_model=0.8, strength_clip=0.8)
+    second = dict(lora_name="style.safetensors", strength_model=0.5, strength_clip=0.8)
+    graph = {
+        **text2image(),
+        "40": node("LoraLoader", model=["4", 0], clip=["4", 1], **first),
+        "41": node("LoraLoader", model=["40", 0], clip=["40", 1], **second),
+        "42": node("CLIPSetLastLayer", stop_at_clip_layer=-2, clip=["41", 1]),
+        "43": node("PrimitiveInt", value=25),
+    }
+    graph["3"]["inputs"] |= dict(model=["41", 0], steps=["43", 0])
+    graph["6"]["inputs"]["clip"] = graph["7"]["inputs"]["clip"] = ["42", 0]
+    return graph
+
+
+def upscale() -> dict[str, Any]:
+    return {
+        "1": node("LoadImage", image="cat.png"),
+        "2": node("UpscaleModelLoader", model_name="RealESRGAN_x4plus.pth"),
+        "3": node("ImageUpscaleWithModel", upscale_model=["2", 0], image=["1", 0]),
+        "4": node("ImageScale", image=["3", 0], upscale_method="lanczos", width=2048, height=2048, crop="disabled"),
+        "5": node("SaveImage", images=["4", 0], filename_prefix="upscaled"),
+    }
+
+
+def wan_text2video() -> dict[str, Any]:
+    links = dict(model=["48", 0], positive=["6", 0], negative=["7", 0], latent_image=["40", 0])
+    return {
+        "37": node("UNETLoader", unet_name="wan2.1_t2v_1.3B_fp16.safetensors", weight_dtype="default"),
+        "38": node("CLIPLoader", clip_name="umt5_xxl_fp8_e4m3fn_scaled.safetensors", type="wan", device="default"),
+        "39": node("VAELoader", vae_name="wan_2.1_vae.safetensors"),
+        "48": node("ModelSamplingSD3", shift=8, model=["37", 0]),
+        "40": node("EmptyHunyuanLatentVideo", width=832, height=480, length=33, batch_size=1),
+        "6": node("CLIPTextEncode", text="a fox runs", clip=["38", 0]),
+        "7": node("CLIPTextEncode", text="static", clip=["38", 0]),
+        "3": sampler(**links),
+        "8": node("VAEDecode", samples=["3", 0], vae=["39", 0]),
+        "49": node("CreateVideo", images=["8", 0], fps=16),
+        "50": node("SaveVideo", video=["49", 0], filename_prefix="video/wan", format="auto", codec="auto"),
+    }
+
+
+def wan_image2video() -> dict[str, Any]:
+    """Wan 2.2: one model for the first steps, another for the rest."""
+    links = dict(positive=["50", 0], negative=["50", 1])
+    size = dict(width=640, height=640, length=81, batch_size=1)
+    graph = {
+        **wan_text2video(),
+        "52": node("LoadImage", image="fox.png"),
+        "50": node(
+            "WanImageToVideo", positive=["6", 0], negative=["7", 0], vae=["39", 0], start_image=["52", 0], **size
+        ),
+        "56": node("UNETLoader", unet_name="wan2.2_i2v_low_noise_14B.safetensors", weight_dtype="default"),
+        "3": sampler(True, model=["48", 0], latent_image=["50", 2], end_at_step=10, **links),
+        "58": sampler(True, model=["56", 0], latent_image=["3", 0], start_at_step=10, noise_seed=0, **links),
+        "51": node("SaveVideo", video=["49", 0], filename_prefix="video/wan", format="auto", codec="auto"),
+    }
+    graph["8"]["inputs"]["samples"] = ["58", 0]
+    del graph["40"]
+    return graph
+
+
+def two_samplers() -> dict[str, Any]:
+    scaled = dict(upscale_method="nearest-exact", width=1152, height=1152, crop="disabled")
+    links = dict(model=["4", 0], positive=["6", 0], negative=["7", 0], latent_image=["10", 0])
+    graph = {**text2image(seed=1), "10": node("LatentUpscale", samples=["3", 0], **scaled)}
+    graph["11"] = sampler(**{**links, "denoise": 0.5})
+    graph["8"]["inputs"]["samples"] = ["11", 0]
+    return graph
+
+
+def qwen_edit() -> dict[str, Any]:
+    """As the editor exports what was in a subgraph: ids with colons, the prompt a node of its own."""
+    links = dict(model=["433:75", 0], positive=["433:111", 0], negative=["433:110", 0], latent_image=["433:88", 0])
+    encoded = dict(clip=["433:38", 0], vae=["433:39", 0], image1=["433:117", 0])
+    return {
+        "78": node("LoadImage", image="cat.png"),
+        "435": node("PrimitiveStringMultiline", value="make it snow"),
+        "433:37": node("UNETLoader", unet_name="qwen_image_edit_2509.safetensors", weight_dtype="default"),
+        "433:38": node("CLIPLoader", clip_name="qwen_2.5_vl_7b.safetensors", type="qwen_image", device="default"),
+        "433:39": node("VAELoader", vae_name="qwen_image_vae.safetensors"),
+        "433:66": node("ModelSamplingAuraFlow", shift=3, model=["433:37", 0]),
+        "433:75": node("CFGNorm", strength=1, model=["433:66", 0]),
+        "433:117": node("FluxKontextImageScale", image=["78", 0]),
+        "433:111": node("TextEncodeQwenImageEditPlus", prompt=["435", 0], **encoded),
+        "433:110": node("TextEncodeQwenImageEditPlus", prompt="", **encoded),
+        "433:88": node("VAEEncode", pixels=["433:117", 0], vae=["433:39", 0]),
+        "433:3": sampler(**links),
+        "433:8": node("VAEDecode", samples=["433:3", 0], vae=["433:39", 0]),
+        "60": node("SaveImage", images=["433:8", 0], filename_prefix="edited"),
+    }
+
+
+def kontext() -> dict[str, Any]:
+    """The negative is the prompt again, zeroed out."""
+    links = dict(model=["37", 0], positive=["35", 0], negative=["135", 0], latent_image=["124", 0])
+    return {
+        "37": node("UNETLoader", unet_name="flux1-dev-kontext.safetensors", weight_dtype="default"),
+        "38": node("DualCLIPLoader", clip_name1="clip_l", clip_name2="t5xxl", type="flux", device="default"),
+        "39": node("VAELoader", vae_name="ae.safetensors"),
+        "142": node("LoadImage", image="cat.png"),
+        "42": node("FluxKontextImageScale", image=["142", 0]),
+        "124": node("VAEEncode", pixels=["42", 0], vae=["39", 0]),
+        "6": node("CLIPTextEncode", text="make it snow", clip=["38", 0]),
+        "177": node("ReferenceLatent", conditioning=["6", 0], latent=["124", 0]),
+        "35": node("FluxGuidance", guidance=2.5, conditioning=["177", 0]),
+        "135": node("ConditioningZeroOut", conditioning=["6", 0]),
+        "31": sampler(**links),
+        "8": node("VAEDecode", samples=["31", 0], vae=["39", 0]),
+        "136": node("SaveImage", images=["8", 0], filename_prefix="kontext"),
+    }
+
+
+def omnigen2() -> dict[str, Any]:
+    """A guider with a third conditioning, which is made of the negative one."""
+    custom = dict(noise=["21", 0], guider=["27", 0], sampler=["20", 0], sigmas=["23", 0], latent_image=["11", 0])
+    scales = dict(cfg_conds=5.0, cfg_cond2_negative=2.0, style="regular")
+    sizes = {side: node("GetImageSize", image=["16", 0]) for side in ("40",)}
+    return {
+        "12": node("UNETLoader", unet_name="omnigen2_fp16.safetensors", weight_dtype="default"),
+        "10": node("CLIPLoader", clip_name="qwen_2.5_vl_fp16.safetensors", type="omnigen2", device="default"),
+        "13": node("VAELoader", vae_name="ae.safetensors"),
+        "16": node("LoadImage", image="cat.png"),
+        **sizes,
+        "14": node("VAEEncode", pixels=["16", 0], vae=["13", 0]),
+        "6": node("CLIPTextEncode", text="make it snow", clip=["10", 0]),
+        "7": node("CLIPTextEncode", text="deformed", clip=["10", 0]),
+        "43": node("ReferenceLatent", conditioning=["6", 0], latent=["14", 0]),
+        "44": node("ReferenceLatent", conditioning=["7", 0], latent=["14", 0]),
+        "27": node("DualCFGGuider", model=["12", 0], cond1=["43", 0], cond2=["44", 0], negative=["7", 0], **scales),
+        "11": node("EmptySD3LatentImage", width=["40", 0], height=["40", 1], batch_size=1),
+        "21": node("RandomNoise", noise_seed=42),
+        "20": node("KSamplerSelect", sampler_name="euler"),
+        "23": node("BasicScheduler", scheduler="simple", steps=20, denoise=1, model=["12", 0]),
+        "28": node("SamplerCustomAdvanced", **custom),
+        "8": node("VAEDecode", samples=["28", 0], vae=["13", 0]),
+        "9": node("SaveImage", images=["8", 0], filename_prefix="omnigen"),
+    }
+
+
+def ltx_video() -> dict[str, Any]:
+    custom = dict(add_noise=True, noise_seed=42, cfg=3.0, sampler=["73", 0], sigmas=["71", 0], latent_image=["70", 0])
+    scheduled = dict(steps=30, max_shift=2.05, base_shift=0.95, stretch=True, terminal=0.1, latent=["70", 0])
+    return {
+        "44": node("CheckpointLoaderSimple", ckpt_name="ltx-video-2b-v0.9.safetensors"),
+        "38": node("CLIPLoader", clip_name="t5xxl_fp16.safetensors", type="ltxv", device="default"),
+        "6": node("CLIPTextEncode", text="a fox runs", clip=["38", 0]),
+        "7": node("CLIPTextEncode", text="low quality", clip=["38", 0]),
+        "69": node("LTXVConditioning", positive=["6", 0], negative=["7", 0], frame_rate=25.0),
+        "70": node("EmptyLTXVLatentVideo", width=768, height=512, length=97, batch_size=1),
+        "71": node("LTXVScheduler", **scheduled),
+        "73": node("KSamplerSelect", sampler_name="euler"),
+        "72": node("SamplerCustom", model=["44", 0], positive=["69", 0], negative=["69", 1], **custom),
+        "8": node("VAEDecode", samples=["72", 0], vae=["44", 2]),
+        "41": node(
+            "SaveAnimatedWEBP",
+            images=["8", 0],
+            filename_prefix="ltx",
+            fps=24.0,
+            lossless=False,
+            quality=90,
+            method="default",
+        ),
+    }
+
+
+def regions() -> dict[str, Any]:
+    """Two prompts, each for a part of the picture, and a negative one put together of two texts."""
+    graph = {
+        **text2image(),
+        "16": node("CLIPTextEncode", text="a dog", clip=["4", 1]),
+        "17": node("ConditioningSetArea", width=256, height=512, x=256, y=0, strength=1.0, conditioning=["16", 0]),
+        "18": node("ConditioningCombine", conditioning_1=["6", 0], conditioning_2=["17", 0]),
+        "19": node("StringConcatenate", string_a="blurry", string_b="dark", delimiter=", "),
+    }
+    graph["3"]["inputs"]["positive"] = ["18", 0]
+    graph["7"]["inputs"]["text"] = ["19", 0]
+    return graph
+
+
+GRAPHS: dict[str, Callable[[], dict[str, Any]]] = {
+    each.__name__: each
+    for each in (
+        text2image, sdxl_with_refiner, sd3, flux, image2image, inpainting, controlnet, lora_chain, upscale,
+        wan_text2video, wan_image2video, two_samplers, qwen_edit, kontext, omnigen2, ltx_video, regions,
+    )
+}  # fmt: skip
+
+# What each name sets; where it is refused, "?" and the choices, or "!" and the reason.
+LANDS = {
+    "text2image": {
+        "prompt": "6.text", "negative_prompt": "7.text", "seed": "3.seed", "steps": "3.steps", "width": "5.width",
+        "height": "5.height", "cfg": "3.cfg", "batch_size": "5.batch_size", "8.samples": "! linked to another node",
+        "text": "? 6.text 7.text", "guidance": "! fits nothing", "3.guidance": "! fits nothing", "9": "! fits nothing",
+    },
+    "sdxl_with_refiner": {
+        "prompt": "6.text_g 6.text_l 15.text", "negative_prompt": "7.text_g 7.text_l 16.text",
+        "seed": "10.noise_seed 11.noise_seed", "noise_seed": "? 10.noise_seed 11.noise_seed",
+        "steps": "10.steps 11.steps", "width": "5.width", "height": "5.height",
+        "ckpt_name": "? 4.ckpt_name 12.ckpt_name", "target_width": "6.target_width 7.target_width",
+        "end_at_step": "? 10.end_at_step 11.end_at_step", "15.text": "15.text",
+    },
+    "sd3": {
+        "prompt": "16.clip_l 16.clip_g 16.t5xxl", "negative_prompt": "71.text", "seed": "271.seed",
+        "steps": "271.steps", "width": "135.width", "height": "135.height",
+    },
+    "flux": {
+        "prompt": "6.clip_l 2:1.value", "2:1.value": "2:1.value", "6.t5xxl": "! linked to another node",
+        "negative_prompt": "! no text feeds the samplers' negative alone", "seed": "25.noise_seed", "steps": "17.steps",
+        "width": "27.width 30.width", "height": "27.height 30.height", "guidance": "6.guidance 26.guidance",
+    },
+    "image2image": {
+        "prompt": "6.text", "negative_prompt": "7.text", "seed": "3.seed", "steps": "3.steps", "width": "11.width",
+        "height": "11.height", "denoise": "3.denoise", "image": "10.image",
+    },
+    "inpainting": {
+        "prompt": "6.text", "negative_prompt": "7.text", "seed": "3.seed", "steps": "3.steps",
+        "width": "! fits nothing", "height": "! fits nothing", "image": "20.image",
+    },
+    "controlnet": {
+        "prompt": "6.text", "negative_prompt": "7.text", "seed": "3.seed", "steps": "3.steps",
+        "width": "5.width 33.width", "height": "5.height", "33.height": "33.height", "strength": "34.strength",
+    },
+    "lora_chain": {
+        "prompt": "6.text", "negative_prompt": "7.text", "seed": "3.seed", "steps": "43.value", "width": "5.width",
+        "height": "5.height", "strength_clip": "40.strength_clip 41.strength_clip",
+        "strength_model": "? 40.strength_model 41.strength_model", "41.lora_name": "41.lora_name",
+    },
+    "upscale": {
+        "prompt": "! fits nothing", "negative_prompt": "! fits nothing", "seed": "! fits nothing",
+        "steps": "! fits nothing", "width": "4.width", "height": "4.height", "image": "1.image",
+    },
+    "wan_text2video": {
+        "prompt": "6.text", "negative_prompt": "7.text", "seed": "3.seed", "steps": "3.steps", "width": "40.width",
+        "height": "40.height", "length": "40.length", "fps": "49.fps",
+    },
+    "wan_image2video": {
+        "prompt": "6.text", "negative_prompt": "7.text", "seed": "3.noise_seed 58.noise_seed",
+        "steps": "3.steps 58.steps", "width": "50.width", "height": "50.height", "length": "50.length",
+        "filename_prefix": "51.filename_prefix",
+    },
+    "two_samplers": {
+        "prompt": "6.text", "negative_prompt": "7.text", "seed": "3.seed 11.seed", "steps": "? 3.steps 11.steps",
+        "width": "? 5.width 10.width", "height": "? 5.height 10.height", "11.steps": "11.steps",
+        "denoise": "? 3.denoise 11.denoise", "cfg": "3.cfg 11.cfg",
+    },
+    "qwen_edit": {
+        "prompt": "435.value", "negative_prompt": "433:110.prompt", "seed": "433:3.seed", "steps": "433:3.steps",
+        "width": "! fits nothing", "height": "! fits nothing", "433:66.shift": "433:66.shift",
+    },
+    "kontext": {
+        "prompt": "6.text", "negative_prompt": "! no text feeds the samplers' negative alone", "seed": "31.seed",
+        "steps": "31.steps", "width": "! fits nothing", "height": "! fits nothing", "guidance": "35.guidance",
+    },
+    "omnigen2": {
+        "prompt": "6.text", "negative_prompt": "7.text", "seed": "21.noise_seed", "steps": "23.steps",
+        "width": "! fits nothing", "height": "! fits nothing",
+    },
+    "ltx_video": {
+        "prompt": "6.text", "negative_prompt": "7.text", "seed": "72.noise_seed", "steps": "71.steps",
+        "width": "70.width", "height": "70.height", "add_noise": "72.add_noise",
+    },
+    "regions": {
+        "prompt": "? 6.text 16.text", "negative_prompt": "? 19.string_a 19.string_b", "seed": "3.seed",
+        "steps": "3.steps", "width": "5.width", "height": "5.height", "delimiter": "19.delimiter",
+    },
+}  # fmt: skip
+
+
+def literals(graph: dict[str, Any]) -> dict[str, Any]:
+    """All inputs by "NODE_ID.input"."""
+    return {f"{key}.{name}": value for key, each in graph.items() for name, value in each["inputs"].items()}
+
+
+def another(value: Any) -> Any:
+    """Another value of the same type."""
+    value = 0 if value == pyworker.RANDOM_INT else value
+    return not value if isinstance(value, bool) else value + 8 if isinstance(value, int | float) else f"not {value}"
+
+
+@pytest.mark.parametrize(("workflow", "name"), [(graph, name) for graph, names in LANDS.items() for name in names])
+def test_a_modification_lands_where_it_is_meant_or_is_refused_with_the_choices(workflow: str, name: str) -> None:
+    graph, expected = GRAPHS[workflow](), LANDS[workflow][name]
+    before = literals(graph)
+    if expected[0] in "?!":
+        with pytest.raises(modifiers.InvalidModification) as refused:
+            modifiers.fill(graph, {name: "x"})
+        choices = re.search(r"choose among (.*?); what can be set", str(refused.value))
+        found = re.findall(r"(\S+) \(\w+: ", choices[1]) if choices else []
+        assert sorted(found) == sorted(expected[1:].split() if expected[0] == "?" else [])
+        assert expected[0] == "?" or expected[2:] in str(refused.value)
+        settable = {
+            each["name"]: (each["class_type"], each["value"])
+            for each in refused.value.details["settable"]
+            if "value" in each
+        }
+        free = {key: value for key, value in before.items() if not is_link(value)}
+        assert settable == {key: (graph[key.rpartition(".")[0]]["class_type"], value) for key, value in free.items()}
+        return
+    value = another(before[expected.split()[0]])
+    filled = modifiers.fill(graph, {name: value})
+    after = literals(filled)
+    assert {key for key in before if after[key] != before[key]} == set(expected.split())
+    assert {repr(after[key]) for key in expected.split()} == {repr(value)}
+    assert literals(graph) == before, "the graph that was given has to stay as it is"
+    assert [(key, list(each["inputs"])) for key, each in filled.items()] == [
+        (key, list(each["inputs"])) for key, each in graph.items()
+    ]
 
 
 # HTTP #################################################################################################################
