@@ -151,16 +151,15 @@ def _files(context: Context) -> dict[str, Path]:
 def load(path: Path) -> Graph:
     """The graph in the file, in API format; InvalidModification says by the file's name what is wrong with it."""
     try:
-        graph = json.loads(path.read_text("utf-8-sig"))
+        graph: Graph = json.loads(path.read_text("utf-8-sig"))
+        fault = _fault(graph)
     except OSError as error:
         fault = f"cannot be read: {error.strerror}"
     except (ValueError, RecursionError) as error:
         fault = f"is not JSON: {error}"
-    else:
-        fault = _fault(graph)
     if fault:
         raise InvalidModification(f"the workflow file {path.name} {fault}")
-    return typing.cast(Graph, graph)
+    return graph
 
 
 def _fault(graph: Any) -> str:
@@ -170,15 +169,16 @@ def _fault(graph: Any) -> str:
     if isinstance(graph.get("nodes"), list):
         return "is in the editor's own format; in ComfyUI, use Workflow > Export (API)"
     for node_id, node in graph.items():
-        fits = isinstance(node, dict) and isinstance(node.get("class_type"), str)
-        if not fits or not isinstance(node.get("inputs"), dict):
+        kinds = [type(node[each]) for each in ("class_type", "inputs") if isinstance(node, dict) and each in node]
+        if kinds != [str, dict]:
             return f"is not in API format: node {node_id!r} needs a class_type (a string) and inputs (an object)"
     return ""
 
 
 # Filling a graph ######################################################################################################
 
-Target = tuple[str, str]  # a node's id, and the name of one of its inputs
+Target = tuple[str, ...]  # a node's id and the name of one of its inputs; or a placeholder's name alone
+Texts = list[list[Target]]  # for each text input of a node, the strings that it is made of
 Thing = TypeVar("Thing")
 
 PROMPTS = {"prompt": "positive", "negative_prompt": "negative"}
@@ -196,53 +196,37 @@ LATENT = re.compile(r"samples|latent|pixels|^image")
 def fill(graph: Graph, modifications: dict[str, Any]) -> Graph:
     """The graph with the modifications in it; InvalidModification lists what can be set (`settable` in its details)."""
     known = {name for _, value in _inputs(graph) for name in _placeholders(value)}
-    blanks: dict[str, Any] = {}
     values: dict[Target, Any] = {}
     problems = []
-    for name in sorted(modifications, key=lambda name: _exact(graph, name) is not None):  # an input's own name wins
+    for name, value in modifications.items():
         try:
-            if name.casefold() in known:
-                _fill_in(blanks, name, modifications[name])
-            else:
-                _set(graph, values, name, modifications[name])
+            for target in [(name.casefold(),)] if name.casefold() in known else _targets(graph, name):
+                converted = _convert(name, value, _kinds(graph, target))
+                if values.setdefault(target, converted) != converted:
+                    raise InvalidModification(f"{name} and another one of the modifications are for the same input")
         except InvalidModification as error:
             problems.append(str(error))
     left = {target: value for target, value in _inputs(graph) if target not in values}
-    missing = {name for value in left.values() for name in _placeholders(value)} - blanks.keys()
-    problems += [f"{name!r} is missing, for the workflow's placeholder" for name in sorted(missing)]
+    missing = {name for value in left.values() for name in _placeholders(value) if (name,) not in values}
+    problems += [f"{name} is missing, which the workflow has a placeholder for" for name in sorted(missing)]
     if problems:
-        _refuse(graph, [*sorted(known), *(name for name, role in PROMPTS.items() if _encoders(graph, role))], problems)
-    values |= {target: _replace(value, blanks) for target, value in left.items()}
-    filled = {node_id: {**node, "inputs": {}} for node_id, node in graph.items()}
-    for (node_id, name), _ in _inputs(graph):  # in their order
-        filled[node_id]["inputs"][name] = values[node_id, name]
-    return filled
-
-
-def _fill_in(blanks: dict[str, Any], name: str, value: Any) -> None:
-    _convert(name, value, SCALAR)
-    if blanks.setdefault(name.casefold(), value) != value:
-        raise InvalidModification(f"{name} is given twice")
-
-
-def _set(graph: Graph, values: dict[Target, Any], name: str, value: Any) -> None:
-    exact = _exact(graph, name)
-    for target in [exact] if exact else _targets(graph, name):
-        converted = _convert(name, value, _kinds(graph, target))
-        if not exact and values.setdefault(target, converted) != converted:
-            raise InvalidModification(f"{name} and another modification would both set {_shown(graph, target)}")
-        values[target] = converted
+        _refuse(graph, sorted(known) + [name for name, role in PROMPTS.items() if _encoders(graph, role)], problems)
+    values |= {target: _replace(value, values) for target, value in left.items()}
+    return {
+        node_id: {**node, "inputs": {name: values[node_id, name] for name in node["inputs"]}}
+        for node_id, node in graph.items()
+    }
 
 
 def _kinds(graph: Graph, target: Target) -> list[str]:
-    """The types that may replace what the input holds."""
-    present = _value(graph, target)
+    """The types that may replace what the input holds; ComfyUI exports a float of 1.0 as 1."""
+    present = _value(graph, target) if target[1:] else "{{}}"
+    if isinstance(present, str) and "{{" in present:
+        return ["string", "number", "boolean"]
     if not isinstance(present, (str, int, float)):
-        raise InvalidModification(f"{'.'.join(target)} holds no single value: it is linked to another node, or a list")
-    if isinstance(present, str) and PLACEHOLDER.search(present):
-        return SCALAR
+        raise InvalidModification(f"{'.'.join(target)} is linked to another node, or holds no single value")
     kind = "integer" if present == RANDOM_INT else TYPE_NAMES[type(present)]
-    return ["integer", "number"] if kind == "integer" else [kind]  # ComfyUI exports a float of 1.0 as 1
+    return ["integer", "number"] if kind == "integer" else [kind]
 
 
 def _refuse(graph: Graph, names: list[str], problems: list[str]) -> NoReturn:
@@ -252,12 +236,10 @@ def _refuse(graph: Graph, names: list[str], problems: list[str]) -> NoReturn:
     raise InvalidModification(f"{'; '.join(problems[:10])}; what can be set: {takes}", settable=settable)
 
 
-def _refuse_unlike(graph: Graph, name: str, targets: list[Target], is_unclear: bool = False) -> None:
-    """Refuses a name for several inputs that hold different values: it may be meant for one of them."""
-    held = [_value(graph, target) for target in targets]
-    if is_unclear or held.count(held[0]) < len(held):
+def _refuse_if(is_unclear: bool, graph: Graph, name: str, targets: list[Target]) -> None:
+    if is_unclear:
         choices = ", ".join(_shown(graph, target) for target in targets)
-        raise InvalidModification(f"{name!r} may mean several inputs, choose among {choices}")
+        raise InvalidModification(f"{name} may mean several inputs, choose among {choices}")
 
 
 def _about(graph: Graph, target: Target) -> dict[str, Any]:
@@ -278,32 +260,32 @@ def _value(graph: Graph, target: Target) -> Any:
     return graph[target[0]]["inputs"].get(target[1])
 
 
-def _exact(graph: Graph, name: str) -> Target | None:
-    """The input that "NODE_ID.input" names; a node's id may have dots in it."""
-    node_id, _, each = name.rpartition(".")
-    return (node_id, each) if node_id in graph and each in graph[node_id]["inputs"] else None
-
-
 def _placeholders(value: Any) -> list[str]:
     return [name.casefold() for name in PLACEHOLDER.findall(json.dumps(value, ensure_ascii=False))]
 
 
-def _replace(value: Any, blanks: dict[str, Any]) -> Any:
+def _replace(value: Any, values: dict[Target, Any]) -> Any:
     """The value with its placeholders filled: a whole string becomes what it stands for, else it is put in as text."""
     if isinstance(value, dict):
-        return {name: _replace(each, blanks) for name, each in value.items()}
+        return {name: _replace(each, values) for name, each in value.items()}
     if isinstance(value, list):
-        return [_replace(each, blanks) for each in value]
+        return [_replace(each, values) for each in value]
     if not isinstance(value, str):
         return value
     if whole := PLACEHOLDER.fullmatch(value):
-        return blanks[whole[1].casefold()]
-    texts = {name: each if isinstance(each, str) else json.dumps(each) for name, each in blanks.items()}
-    return PLACEHOLDER.sub(lambda found: texts[found[1].casefold()], value)
+        return values[(whole[1].casefold(),)]
+    return PLACEHOLDER.sub(lambda found: _as_text(values[(found[1].casefold(),)]), value)
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _targets(graph: Graph, name: str) -> list[Target]:
-    """The inputs that a bare name means."""
+    """The inputs that a name means: "NODE_ID.input" (an id may have dots in it) or a bare name."""
+    node_id, _, each = name.rpartition(".")
+    if node_id in graph and each in graph[node_id]["inputs"]:
+        return [(node_id, each)]
     if name in PROMPTS and (found := _prompt(graph, name)):
         return found
     if name in ("width", "height") and (found := _size(graph, name)):
@@ -312,44 +294,47 @@ def _targets(graph: Graph, name: str) -> list[Target]:
     found = _unique(_literal(graph, (node_id, each)) for node_id in graph for each in names)
     if not found:
         why = ": no text feeds the samplers' negative alone" if name == "negative_prompt" else ""
-        raise InvalidModification(f"{name!r} fits nothing in the workflow{why}")
-    if name != "seed":  # any is as good as another
-        of_both = all({*found} & {*_flat(_encoders(graph, role))} for role in ROLES)
-        _refuse_unlike(graph, name, found, of_both)
+        raise InvalidModification(f"{name} fits nothing in the workflow{why}")
+    is_both = all({*found} & {*_flat(_encoders(graph, role))} for role in ROLES)
+    # One seed is as good as another, but other values that differ do so for a reason.
+    _refuse_if(name != "seed" and (is_both or _differ(graph, found)), graph, name, found)
     return found
+
+
+def _differ(graph: Graph, targets: list[Target]) -> bool:
+    values = [_value(graph, target) for target in targets]
+    return values.count(values[0]) < len(values)
 
 
 def _prompt(graph: Graph, name: str) -> list[Target]:
     """The texts of the encoders that feed the samplers; none where there is no such encoder."""
     encoders = _encoders(graph, PROMPTS[name])
-    found = _flat(encoders)
-    held = {frozenset(_value(graph, target) for text in texts for target in text) for texts in encoders.values()}
-    is_put_together = any(len(text) > 1 for texts in encoders.values() for text in texts)
-    if len(held) > 1 or is_put_together:
-        _refuse_unlike(graph, name, found, True)
-    return found
+    held = {frozenset(_value(graph, target) for target in _flat([texts])) for texts in encoders}
+    is_put_together = any(len(text) > 1 for texts in encoders for text in texts)
+    _refuse_if(len(held) > 1 or is_put_together, graph, name, _flat(encoders))
+    return _flat(encoders)
 
 
 def _size(graph: Graph, name: str) -> list[Target]:
     """The width or height of the samplers' latents, and where else it is the same; none without such a latent."""
+
+    def follow(node_id: str) -> list[str]:
+        inputs = {} if name in graph[node_id]["inputs"] else graph[node_id]["inputs"]
+        return [source for each, value in inputs.items() if LATENT.search(each) for source in _linked(graph, value)]
+
     starts = [
         source for (_, each), value in _inputs(graph) if each == "latent_image" for source in _linked(graph, value)
     ]
-    latents = _reached(
-        starts, lambda node_id: [] if name in graph[node_id]["inputs"] else _sources(graph, node_id, LATENT)
-    )
-    if found := _unique(_literal(graph, (node_id, name)) for node_id in latents):
-        _refuse_unlike(graph, name, found)
-        # What a text encoder calls its width is the size of the pictures that the model was trained on.
-        others = _unique(
-            _literal(graph, (each, name)) for each in graph if not _linked(graph, _value(graph, (each, "clip")))
-        )
-        found += [target for target in others if _value(graph, target) == _value(graph, found[0])]
-    return _unique(found)
+    found = _unique(_literal(graph, (node_id, name)) for node_id in _reached(starts, follow))
+    _refuse_if(bool(found) and _differ(graph, found), graph, name, found)
+    # What a text encoder calls its width is the size of the pictures that the model was trained on.
+    others = [node_id for node_id, node in graph.items() if not _linked(graph, node["inputs"].get("clip"))]
+    alike = _unique(_literal(graph, (node_id, name)) for node_id in others)
+    return found and _unique([*found, *(each for each in alike if not _differ(graph, [each, found[0]]))])
 
 
-def _encoders(graph: Graph, role: str) -> dict[str, list[list[Target]]]:
-    """By the nodes whose texts become the samplers' positive or negative, what each of these texts is made of."""
+def _encoders(graph: Graph, role: str) -> list[Texts]:
+    """The texts of each node that makes the samplers' positive or negative; a negative made of the prompt is none."""
     side = ROLES.index(role)
 
     def follow(output: tuple[str, int]) -> list[tuple[str, int]]:
@@ -359,14 +344,12 @@ def _encoders(graph: Graph, role: str) -> dict[str, list[list[Target]]]:
         return [(inputs[name][0], side if name == "guider" else inputs[name][1]) for name in names]
 
     starts = [(node_id, side) for node_id, node in graph.items() if {*ROLES, "guider"} & node["inputs"].keys()]
-    found = {node_id: _texts(graph, node_id, role) for node_id, _ in _reached(starts, follow)}
+    found = [_texts(graph, node_id, role) for node_id, _ in _reached(starts, follow)]
     prompt = {*_flat(_encoders(graph, "positive"))} if role == "negative" else set()
-    return {node_id: texts for node_id, texts in found.items() if texts and prompt.isdisjoint(_flat({"": texts}))}
+    return [texts for texts in found if texts and prompt.isdisjoint(_flat([texts]))]
 
 
-def _texts(graph: Graph, node_id: str, role: str) -> list[list[Target]]:
-    """The node's text inputs, each as the literal strings that it is made of, be they other nodes'."""
-
+def _texts(graph: Graph, node_id: str, role: str) -> Texts:
     def follow(target: Target) -> list[Target]:
         return [text for source in _linked(graph, _value(graph, target)) for text in _text_inputs(graph, source, role)]
 
@@ -406,11 +389,6 @@ def _linked(graph: Graph, value: Any) -> list[str]:
     return value[:1] if is_link and value[0] in graph else []
 
 
-def _sources(graph: Graph, node_id: str, names: re.Pattern[str]) -> list[str]:
-    inputs = graph[node_id]["inputs"]
-    return [source for name, value in inputs.items() if names.search(name) for source in _linked(graph, value)]
-
-
 def _reached(starts: Iterable[Thing], follow: Callable[[Thing], list[Thing]]) -> list[Thing]:
     """All that `follow` leads to from the starts, each once."""
     found: dict[Thing, None] = {}
@@ -422,8 +400,8 @@ def _reached(starts: Iterable[Thing], follow: Callable[[Thing], list[Thing]]) ->
     return list(found)
 
 
-def _flat(encoders: dict[str, list[list[Target]]]) -> list[Target]:
-    return _unique(target for texts in encoders.values() for text in texts for target in text)
+def _flat(encoders: list[Texts]) -> list[Target]:
+    return _unique(target for texts in encoders for text in texts for target in text)
 
 
 def _unique(targets: Iterable[Target | None]) -> list[Target]:
@@ -453,22 +431,11 @@ def Text2Image(
 ) -> Graph:
     """A picture after a text, with a Stable Diffusion checkpoint; without a seed a random one, `cfg_scale` is `cfg`."""
     checkpoint = _default_checkpoint(context) if ckpt_name is None else ckpt_name
+    numbers = {"seed": RANDOM_INT if seed is None else seed, "cfg": cfg if cfg_scale is None else cfg_scale}
+    sampling = {"steps": steps, "sampler_name": sampler_name, "scheduler": scheduler, "denoise": denoise}
+    links = {"model": ["4", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}
     return {
-        "3": {
-            "class_type": "KSampler",
-            "inputs": {
-                "seed": RANDOM_INT if seed is None else seed,
-                "steps": steps,
-                "cfg": cfg if cfg_scale is None else cfg_scale,
-                "sampler_name": sampler_name,
-                "scheduler": scheduler,
-                "denoise": denoise,
-                "model": ["4", 0],
-                "positive": ["6", 0],
-                "negative": ["7", 0],
-                "latent_image": ["5", 0],
-            },
-        },
+        "3": {"class_type": "KSampler", "inputs": {**numbers, **sampling, **links}},
         "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoint}},
         "5": {"class_type": "EmptyLatentImage", "inputs": {"width": width, "height": height, "batch_size": batch_size}},
         "6": {"class_type": "CLIPTextEncode", "inputs": {"text": prompt, "clip": ["4", 1]}},
@@ -513,10 +480,8 @@ def RawWorkflow(*, modifications: dict[str, Any], context: Context) -> Graph:
 
 def _default_checkpoint(context: Context) -> str:
     """DEFAULT_CHECKPOINT, else the first checkpoint that ComfyUI lists."""
-    chosen: str = context.settings.default_checkpoint
-    if chosen:
-        return chosen
-    installed = context.choices("CheckpointLoaderSimple", "ckpt_name")
+    chosen = context.settings.default_checkpoint
+    installed = [chosen] if chosen else context.choices("CheckpointLoaderSimple", "ckpt_name")
     if not installed:
         raise InvalidModification(
             "ComfyUI has no checkpoint: put one (a .safetensors file) into its folder models/checkpoints"
