@@ -21,9 +21,9 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol
 
 Graph = dict[str, dict[str, Any]]  # node id -> {"class_type": …, "inputs": {…}}
 
@@ -52,7 +52,6 @@ class InvalidModification(ValueError):
 
 MODIFIERS: dict[str, Callable[..., Graph]] = {}
 TYPE_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
-SCALAR = ["string", "number", "boolean"]
 
 
 def modifier(function: Callable[..., Graph]) -> Callable[..., Graph]:
@@ -71,8 +70,7 @@ def names(context: Context) -> list[str]:
 
 def build(name: str, modifications: dict[str, Any], context: Context) -> Graph:
     """The graph that the modifier of that name makes of the modifications; InvalidModification says what is wrong."""
-    function = MODIFIERS.get(name)
-    if function:
+    if function := MODIFIERS.get(name):
         given = {"context": context, "modifications": modifications}
         extra = {each: given[each] for each in given.keys() & inspect.signature(function).parameters.keys()}
         return function(**({} if "modifications" in extra else _arguments(function, modifications)), **extra)
@@ -95,9 +93,8 @@ def _arguments(function: Callable[..., Graph], modifications: dict[str, Any]) ->
         except InvalidModification as error:
             problems.append(str(error))
     if problems:
-        there_is = ", ".join(map(_describe, parameters.items()))
-        message = f"{function.__name__}: {'; '.join(problems[:10])}; there is: {there_is}"
-        raise InvalidModification(message, schema=parameters)
+        message = f"{'; '.join(problems[:10])}; there is: {', '.join(map(_describe, parameters.items()))}"
+        raise InvalidModification(f"{function.__name__}: {message}", schema=parameters)
     return arguments
 
 
@@ -106,10 +103,7 @@ def _parameters(function: Callable[..., Graph]) -> dict[str, dict[str, Any]]:
     schema: dict[str, dict[str, Any]] = {}
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:  # stands for Text2Image's other parameters
-            schema = {
-                **schema,
-                **{each: about for each, about in _parameters(Text2Image).items() if each not in schema},
-            }
+            schema = {**_parameters(Text2Image), **schema}
         if parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD):
             continue
         union = typing.get_origin(parameter.annotation) in (typing.Union, types.UnionType)
@@ -178,16 +172,13 @@ def _fault(graph: Any) -> str:
 # Filling a graph ######################################################################################################
 
 Target = tuple[str, ...]  # a node's id and the name of one of its inputs; or a placeholder's name alone
-Texts = list[list[Target]]  # for each text input of a node, the strings that it is made of
-Thing = TypeVar("Thing")
+Step = Callable[[str, str, int], list[str]]
 
 PROMPTS = {"prompt": "positive", "negative_prompt": "negative"}
 ROLES = ("positive", "negative")  # in the order of the outputs of a node that passes both on
 PLACEHOLDER = re.compile(r"\{\{ *([\w.:-]+) *\}\}")
 # A graph does not have the types of its inputs, so what they are for is told by their names.
-CONDITIONING = re.compile(
-    r"cond(?!2)|positive|negative|guider|any_|input\d|on_"
-)  # the last three are those of switches
+CONDITIONING = re.compile(r"cond(?!2)|positive|negative|guider|any_|input\d|on_")  # from any_ on: of switches
 TEXT = re.compile(r"text|prompt|string|value|tags|positive|negative")
 NO_TEXT = re.compile(r"system|padding|lyrics|encoder|template|type|mode|^clip$")  # other inputs of text encoders
 LATENT = re.compile(r"samples|latent|pixels|^image")
@@ -200,21 +191,21 @@ def fill(graph: Graph, modifications: dict[str, Any]) -> Graph:
     problems = []
     for name, value in modifications.items():
         try:
-            for target in [(name.casefold(),)] if name.casefold() in known else _targets(graph, name):
-                converted = _convert(name, value, _kinds(graph, target))
-                if values.setdefault(target, converted) != converted:
-                    raise InvalidModification(f"{name} and another one of the modifications are for the same input")
+            targets = [(name.casefold(),)] if name.casefold() in known else _targets(graph, name)
+            converted = {target: _convert(name, value, _kinds(graph, target)) for target in targets}
+            if any(values.get(target, each) != each for target, each in converted.items()):
+                raise InvalidModification(f"{name} is for an input that another one of the modifications is for")
+            values |= converted
         except InvalidModification as error:
             problems.append(str(error))
     left = {target: value for target, value in _inputs(graph) if target not in values}
     missing = {name for value in left.values() for name in _placeholders(value) if (name,) not in values}
     problems += [f"{name} is missing, which the workflow has a placeholder for" for name in sorted(missing)]
     if problems:
-        _refuse(graph, sorted(known) + [name for name, role in PROMPTS.items() if _encoders(graph, role)], problems)
+        _refuse(graph, [*sorted(known), *(name for name, role in PROMPTS.items() if _texts(graph, role))], problems)
     values |= {target: _replace(value, values) for target, value in left.items()}
     return {
-        node_id: {**node, "inputs": {name: values[node_id, name] for name in node["inputs"]}}
-        for node_id, node in graph.items()
+        key: {**node, "inputs": {name: values[key, name] for name in node["inputs"]}} for key, node in graph.items()
     }
 
 
@@ -274,11 +265,7 @@ def _replace(value: Any, values: dict[Target, Any]) -> Any:
         return value
     if whole := PLACEHOLDER.fullmatch(value):
         return values[(whole[1].casefold(),)]
-    return PLACEHOLDER.sub(lambda found: _as_text(values[(found[1].casefold(),)]), value)
-
-
-def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return PLACEHOLDER.sub(lambda found: str(_replace(found[0], values)), value)
 
 
 def _targets(graph: Graph, name: str) -> list[Target]:
@@ -286,16 +273,15 @@ def _targets(graph: Graph, name: str) -> list[Target]:
     node_id, _, each = name.rpartition(".")
     if node_id in graph and each in graph[node_id]["inputs"]:
         return [(node_id, each)]
-    if name in PROMPTS and (found := _prompt(graph, name)):
-        return found
-    if name in ("width", "height") and (found := _size(graph, name)):
+    find = {"prompt": _prompt, "negative_prompt": _prompt, "width": _size, "height": _size}.get(name)
+    if find and (found := find(graph, name)):
         return found
     names = ("seed", "noise_seed") if name == "seed" else (name,)
-    found = _unique(_literal(graph, (node_id, each)) for node_id in graph for each in names)
+    found = _literals(graph, [(node_id, each) for node_id in graph for each in names])
     if not found:
         why = ": no text feeds the samplers' negative alone" if name == "negative_prompt" else ""
         raise InvalidModification(f"{name} fits nothing in the workflow{why}")
-    is_both = all({*found} & {*_flat(_encoders(graph, role))} for role in ROLES)
+    is_both = all({*found} & {*_texts(graph, role)} for role in ROLES)
     # One seed is as good as another, but other values that differ do so for a reason.
     _refuse_if(name != "seed" and (is_both or _differ(graph, found)), graph, name, found)
     return found
@@ -303,69 +289,44 @@ def _targets(graph: Graph, name: str) -> list[Target]:
 
 def _differ(graph: Graph, targets: list[Target]) -> bool:
     values = [_value(graph, target) for target in targets]
-    return values.count(values[0]) < len(values)
+    return any(value != values[0] for value in values)
+
+
+def _literals(graph: Graph, targets: list[Target]) -> list[Target]:
+    """Those of the inputs that hold a value, and for those linked to a node that is nothing but a number, that one."""
+
+    def step(source: str, *_: Any) -> list[str]:
+        return [*graph[source]["inputs"]] if len(graph[source]["inputs"]) == 1 else []
+
+    held = [(target, _value(graph, target)) for target in _reached(graph, targets, step)]
+    return [each for each, value in held if isinstance(value, (str, int, float) if each in targets else (int, float))]
 
 
 def _prompt(graph: Graph, name: str) -> list[Target]:
-    """The texts of the encoders that feed the samplers; none where there is no such encoder."""
-    encoders = _encoders(graph, PROMPTS[name])
-    held = {frozenset(_value(graph, target) for target in _flat([texts])) for texts in encoders}
-    is_put_together = any(len(text) > 1 for texts in encoders for text in texts)
-    _refuse_if(len(held) > 1 or is_put_together, graph, name, _flat(encoders))
-    return _flat(encoders)
+    """The texts that feed the samplers. A text encoder's several inputs may differ, for they are the same prompt's."""
+    found = _texts(graph, PROMPTS[name])
+    encoders = {node_id if _linked(graph, (node_id, "clip")) else each for node_id, each in found}
+    _refuse_if(_differ(graph, found) and len(encoders) > 1, graph, name, found)
+    return found
 
 
-def _size(graph: Graph, name: str) -> list[Target]:
-    """The width or height of the samplers' latents, and where else it is the same; none without such a latent."""
+def _texts(graph: Graph, role: str) -> list[Target]:
+    """The strings that the samplers' positive or negative is made of; a negative made of the prompt has none."""
 
-    def follow(node_id: str) -> list[str]:
-        inputs = {} if name in graph[node_id]["inputs"] else graph[node_id]["inputs"]
-        return [source for each, value in inputs.items() if LATENT.search(each) for source in _linked(graph, value)]
+    def step(source: str, name: str, output: int) -> list[str]:
+        inputs = graph[source]["inputs"]
+        links = [each for each in inputs if CONDITIONING.match(each) and _linked(graph, (source, each))]
+        side = role if name == "guider" else ROLES[output > 0]
+        texts = [each for each in inputs if not NO_TEXT.search(each) and each not in links]
+        telling = [each for each in texts if TEXT.search(each)]
+        # An encoder whose inputs have no telling names is known by its clip.
+        texts = telling or (texts if _linked(graph, (source, "clip")) else [])
+        return _of_role(links, side) + _of_role(texts, role)
 
-    starts = [
-        source for (_, each), value in _inputs(graph) if each == "latent_image" for source in _linked(graph, value)
-    ]
-    found = _unique(_literal(graph, (node_id, name)) for node_id in _reached(starts, follow))
-    _refuse_if(bool(found) and _differ(graph, found), graph, name, found)
-    # What a text encoder calls its width is the size of the pictures that the model was trained on.
-    others = [node_id for node_id, node in graph.items() if not _linked(graph, node["inputs"].get("clip"))]
-    alike = _unique(_literal(graph, (node_id, name)) for node_id in others)
-    return found and _unique([*found, *(each for each in alike if not _differ(graph, [each, found[0]]))])
-
-
-def _encoders(graph: Graph, role: str) -> list[Texts]:
-    """The texts of each node that makes the samplers' positive or negative; a negative made of the prompt is none."""
-    side = ROLES.index(role)
-
-    def follow(output: tuple[str, int]) -> list[tuple[str, int]]:
-        inputs = graph[output[0]]["inputs"]
-        names = [name for name in inputs if CONDITIONING.match(name) and _linked(graph, inputs[name])]
-        names = _of_role(names, ROLES[output[1] > 0])
-        return [(inputs[name][0], side if name == "guider" else inputs[name][1]) for name in names]
-
-    starts = [(node_id, side) for node_id, node in graph.items() if {*ROLES, "guider"} & node["inputs"].keys()]
-    found = [_texts(graph, node_id, role) for node_id, _ in _reached(starts, follow)]
-    prompt = {*_flat(_encoders(graph, "positive"))} if role == "negative" else set()
-    return [texts for texts in found if texts and prompt.isdisjoint(_flat([texts]))]
-
-
-def _texts(graph: Graph, node_id: str, role: str) -> Texts:
-    def follow(target: Target) -> list[Target]:
-        return [text for source in _linked(graph, _value(graph, target)) for text in _text_inputs(graph, source, role)]
-
-    made_of = [_reached([target], follow) for target in _text_inputs(graph, node_id, role)]
-    texts = [[each for each in text if isinstance(_value(graph, each), str)] for text in made_of]
-    return [text for text in texts if text]
-
-
-def _text_inputs(graph: Graph, node_id: str, role: str) -> list[Target]:
-    """What may be text; an encoder whose inputs have no telling names is known by its clip."""
-    inputs = graph[node_id]["inputs"]
-    names = [name for name in inputs if not NO_TEXT.search(name)]
-    names = [name for name in names if not (CONDITIONING.match(name) and _linked(graph, inputs[name]))]
-    telling = [name for name in names if TEXT.search(name)]
-    names = telling or (names if _linked(graph, inputs.get("clip")) else [])
-    return [(node_id, name) for name in _of_role(names, role)]
+    starts = [target for target, _ in _inputs(graph) if target[1] in (role, "guider")]
+    prompt = _texts(graph, "positive") if role == "negative" else []
+    strings = [target for target in _reached(graph, starts, step) if isinstance(_value(graph, target), str)]
+    return [target for target in strings if target not in prompt]
 
 
 def _of_role(names: list[str], role: str) -> list[str]:
@@ -374,38 +335,38 @@ def _of_role(names: list[str], role: str) -> list[str]:
     return [name for name in names if role in name] or [name for name in names if other not in name]
 
 
-def _literal(graph: Graph, target: Target) -> Target | None:
-    """The input if it holds a value, or the one that it is linked to if that node has but one, a number."""
-    value = _value(graph, target)
-    if isinstance(value, (str, int, float)):
-        return target
-    numbers = [(source, name) for source in _linked(graph, value) for name in graph[source]["inputs"]]
-    return numbers[0] if len(numbers) == 1 and isinstance(_value(graph, numbers[0]), (int, float)) else None
+def _size(graph: Graph, name: str) -> list[Target]:
+    """The width or height of the samplers' latents, and where else it is the same; none without such a latent."""
+
+    def step(source: str, *_: Any) -> list[str]:
+        inputs = graph[source]["inputs"]
+        return [name] if name in inputs else [each for each in inputs if LATENT.search(each)]
+
+    reached = _reached(graph, [target for target, _ in _inputs(graph) if target[1] == "latent_image"], step)
+    found = _literals(graph, [target for target in reached if target[1] == name])
+    _refuse_if(_differ(graph, found), graph, name, found)
+    # What a text encoder calls its width is the size of the pictures that the model was trained on.
+    others = [(node_id, name) for node_id in graph if not _linked(graph, (node_id, "clip"))]
+    return [each for each in _literals(graph, found and found + others) if not _differ(graph, [each, found[0]])]
 
 
-def _linked(graph: Graph, value: Any) -> list[str]:
-    """The node that an input's value is a link to, if it is one."""
-    is_link = isinstance(value, list) and [type(each) for each in value] == [str, int]
-    return value[:1] if is_link and value[0] in graph else []
-
-
-def _reached(starts: Iterable[Thing], follow: Callable[[Thing], list[Thing]]) -> list[Thing]:
-    """All that `follow` leads to from the starts, each once."""
-    found: dict[Thing, None] = {}
-    ahead = list(starts)
+def _reached(graph: Graph, starts: list[Target], step: Step) -> list[Target]:
+    """The inputs and all that they are linked to: `step` says by which inputs to go on from a node, and its output."""
+    found: dict[Target, None] = {}
+    ahead = [*starts]
     while ahead:
-        if (each := ahead.pop()) not in found:
-            found[each] = None
-            ahead += follow(each)
+        if (target := ahead.pop()) not in found:
+            found[target] = None
+            for source, output in _linked(graph, target):
+                ahead += [(source, name) for name in step(source, target[1], output)]
     return list(found)
 
 
-def _flat(encoders: list[Texts]) -> list[Target]:
-    return _unique(target for texts in encoders for text in texts for target in text)
-
-
-def _unique(targets: Iterable[Target | None]) -> list[Target]:
-    return [target for target in dict.fromkeys(targets) if target]
+def _linked(graph: Graph, target: Target) -> list[tuple[str, int]]:
+    """The node, and the number of its output, that an input is linked to, if it is."""
+    value = _value(graph, target)
+    is_link = isinstance(value, list) and [type(each) for each in value] == [str, int]
+    return [(value[0], value[1])] if is_link and value[0] in graph else []
 
 
 # The modifiers ########################################################################################################
@@ -484,6 +445,6 @@ def _default_checkpoint(context: Context) -> str:
     installed = [chosen] if chosen else context.choices("CheckpointLoaderSimple", "ckpt_name")
     if not installed:
         raise InvalidModification(
-            "ComfyUI has no checkpoint: put one (a .safetensors file) into its folder models/checkpoints"
+            "ComfyUI has no checkpoint: put a .safetensors file into its folder models/checkpoints"
         )
     return installed[0]

@@ -2891,7 +2891,7 @@ def flux() -> dict[str, Any]:
         "10": node("VAELoader", vae_name="ae.safetensors"),
         "11": node("DualCLIPLoader", clip_name1="t5xxl_fp16", clip_name2="clip_l", type="flux", device="default"),
         "12": node("UNETLoader", unet_name="flux1-dev.safetensors", weight_dtype="default"),
-        "6": node("CLIPTextEncodeFlux", clip_l="a cat", t5xxl=["2:1", 0], guidance=3.5, clip=["11", 0]),
+        "6": node("CLIPTextEncodeFlux", clip_l="a cat on a windowsill", t5xxl=["2:1", 0], guidance=3.5, clip=["11", 0]),
         "2:1": node("PrimitiveStringMultiline", value="a cat on a windowsill"),
         "26": node("FluxGuidance", guidance=3.5, conditioning=["6", 0]),
         "30": node("ModelSamplingFlux", max_shift=1.15, base_shift=0.5, width=1024, height=1024, model=["12", 0]),
@@ -3050,13 +3050,12 @@ def omnigen2() -> dict[str, Any]:
     """A guider with a third conditioning, which is made of the negative one."""
     custom = dict(noise=["21", 0], guider=["27", 0], sampler=["20", 0], sigmas=["23", 0], latent_image=["11", 0])
     scales = dict(cfg_conds=5.0, cfg_cond2_negative=2.0, style="regular")
-    sizes = {side: node("GetImageSize", image=["16", 0]) for side in ("40",)}
     return {
         "12": node("UNETLoader", unet_name="omnigen2_fp16.safetensors", weight_dtype="default"),
         "10": node("CLIPLoader", clip_name="qwen_2.5_vl_fp16.safetensors", type="omnigen2", device="default"),
         "13": node("VAELoader", vae_name="ae.safetensors"),
         "16": node("LoadImage", image="cat.png"),
-        **sizes,
+        "40": node("GetImageSize", image=["16", 0]),
         "14": node("VAEEncode", pixels=["16", 0], vae=["13", 0]),
         "6": node("CLIPTextEncode", text="make it snow", clip=["10", 0]),
         "7": node("CLIPTextEncode", text="deformed", clip=["10", 0]),
