@@ -77,7 +77,7 @@ def build(name: str, modifications: dict[str, Any], context: Context) -> Graph:
     if path := _files(context).get(name):
         return fill(load(path), modifications)
     listed = names(context)
-    raise InvalidModification(f"there is no modifier {name!r}; there is: {', '.join(listed)}", modifiers=listed)
+    raise InvalidModification(f"there is no modifier {name!r:.80}; there is: {', '.join(listed)}", modifiers=listed)
 
 
 def _arguments(function: Callable[..., Graph], modifications: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def _parameters(function: Callable[..., Graph]) -> dict[str, dict[str, Any]]:
     schema: dict[str, dict[str, Any]] = {}
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:  # stands for Text2Image's other parameters
-            schema = {**_parameters(Text2Image), **schema}
+            schema = {**schema, **_parameters(Text2Image), **schema}
         if parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD):
             continue
         union = typing.get_origin(parameter.annotation) in (typing.Union, types.UnionType)
@@ -119,8 +119,7 @@ def _parameters(function: Callable[..., Graph]) -> dict[str, dict[str, Any]]:
 
 def _describe(parameter: tuple[str, dict[str, Any]]) -> str:
     name, about = parameter
-    kind = " or ".join(each for each in about["type"] if each != "null")
-    return f"{name} ({kind}, {'required' if 'default' not in about else 'optional'})"
+    return f"{name} ({' or '.join(about['type'])}, {'required' if 'default' not in about else 'optional'})"
 
 
 def _convert(name: str, value: Any, kinds: list[str]) -> Any:
@@ -146,11 +145,10 @@ def load(path: Path) -> Graph:
     """The graph in the file, in API format; InvalidModification says by the file's name what is wrong with it."""
     try:
         graph: Graph = json.loads(path.read_text("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        fault = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else f"is not JSON: {error}"
+    else:
         fault = _fault(graph)
-    except OSError as error:
-        fault = f"cannot be read: {error.strerror}"
-    except (ValueError, RecursionError) as error:
-        fault = f"is not JSON: {error}"
     if fault:
         raise InvalidModification(f"the workflow file {path.name} {fault}")
     return graph
@@ -172,7 +170,6 @@ def _fault(graph: Any) -> str:
 # Filling a graph ######################################################################################################
 
 Target = tuple[str, ...]  # a node's id and the name of one of its inputs; or a placeholder's name alone
-Step = Callable[[str, str, int], list[str]]
 
 PROMPTS = {"prompt": "positive", "negative_prompt": "negative"}
 ROLES = ("positive", "negative")  # in the order of the outputs of a node that passes both on
@@ -198,15 +195,15 @@ def fill(graph: Graph, modifications: dict[str, Any]) -> Graph:
             values |= converted
         except InvalidModification as error:
             problems.append(str(error))
+            if len(problems) == 10:
+                break
     left = {target: value for target, value in _inputs(graph) if target not in values}
     missing = {name for value in left.values() for name in _placeholders(value) if (name,) not in values}
     problems += [f"{name} is missing, which the workflow has a placeholder for" for name in sorted(missing)]
     if problems:
         _refuse(graph, [*sorted(known), *(name for name, role in PROMPTS.items() if _texts(graph, role))], problems)
     values |= {target: _replace(value, values) for target, value in left.items()}
-    return {
-        key: {**node, "inputs": {name: values[key, name] for name in node["inputs"]}} for key, node in graph.items()
-    }
+    return {key: {**graph[key], "inputs": {name: values[key, name] for name in graph[key]["inputs"]}} for key in graph}
 
 
 def _kinds(graph: Graph, target: Target) -> list[str]:
@@ -227,8 +224,9 @@ def _refuse(graph: Graph, names: list[str], problems: list[str]) -> NoReturn:
     raise InvalidModification(f"{'; '.join(problems[:10])}; what can be set: {takes}", settable=settable)
 
 
-def _refuse_if(is_unclear: bool, graph: Graph, name: str, targets: list[Target]) -> None:
-    if is_unclear:
+def _refuse_unlike(graph: Graph, name: str, targets: list[Target], is_unclear: bool = False) -> None:
+    """Refuses a name for several inputs that hold different values: it may be meant for one of them."""
+    if is_unclear or any(_value(graph, target) != _value(graph, targets[0]) for target in targets):
         choices = ", ".join(_shown(graph, target) for target in targets)
         raise InvalidModification(f"{name} may mean several inputs, choose among {choices}")
 
@@ -261,11 +259,9 @@ def _replace(value: Any, values: dict[Target, Any]) -> Any:
         return {name: _replace(each, values) for name, each in value.items()}
     if isinstance(value, list):
         return [_replace(each, values) for each in value]
-    if not isinstance(value, str):
-        return value
-    if whole := PLACEHOLDER.fullmatch(value):
+    if isinstance(value, str) and (whole := PLACEHOLDER.fullmatch(value)):
         return values[(whole[1].casefold(),)]
-    return PLACEHOLDER.sub(lambda found: str(_replace(found[0], values)), value)
+    return PLACEHOLDER.sub(lambda found: str(_replace(found[0], values)), value) if isinstance(value, str) else value
 
 
 def _targets(graph: Graph, name: str) -> list[Target]:
@@ -280,16 +276,11 @@ def _targets(graph: Graph, name: str) -> list[Target]:
     found = _literals(graph, [(node_id, each) for node_id in graph for each in names])
     if not found:
         why = ": no text feeds the samplers' negative alone" if name == "negative_prompt" else ""
-        raise InvalidModification(f"{name} fits nothing in the workflow{why}")
-    is_both = all({*found} & {*_texts(graph, role)} for role in ROLES)
-    # One seed is as good as another, but other values that differ do so for a reason.
-    _refuse_if(name != "seed" and (is_both or _differ(graph, found)), graph, name, found)
+        raise InvalidModification(f"{name!r:.80} fits nothing in the workflow{why}")
+    if name != "seed":  # one is as good as another, but other values that differ do so for a reason
+        is_both = all({*found} & {*_texts(graph, role)} for role in ROLES)
+        _refuse_unlike(graph, name, found, is_both)
     return found
-
-
-def _differ(graph: Graph, targets: list[Target]) -> bool:
-    values = [_value(graph, target) for target in targets]
-    return any(value != values[0] for value in values)
 
 
 def _literals(graph: Graph, targets: list[Target]) -> list[Target]:
@@ -298,15 +289,16 @@ def _literals(graph: Graph, targets: list[Target]) -> list[Target]:
     def step(source: str, *_: Any) -> list[str]:
         return [*graph[source]["inputs"]] if len(graph[source]["inputs"]) == 1 else []
 
-    held = [(target, _value(graph, target)) for target in _reached(graph, targets, step)]
-    return [each for each, value in held if isinstance(value, (str, int, float) if each in targets else (int, float))]
+    kinds = dict.fromkeys(targets, (str, int, float))
+    found = {target: _value(graph, target) for target in _reached(graph, targets, step)}
+    return [target for target, value in found.items() if isinstance(value, kinds.get(target, (int, float)))]
 
 
 def _prompt(graph: Graph, name: str) -> list[Target]:
     """The texts that feed the samplers. A text encoder's several inputs may differ, for they are the same prompt's."""
     found = _texts(graph, PROMPTS[name])
-    encoders = {node_id if _linked(graph, (node_id, "clip")) else each for node_id, each in found}
-    _refuse_if(_differ(graph, found) and len(encoders) > 1, graph, name, found)
+    nodes = {target[:1] if _linked(graph, (target[0], "clip")) else target for target in found}
+    _refuse_unlike(graph, name, found if len(nodes) > 1 else [])
     return found
 
 
@@ -325,8 +317,8 @@ def _texts(graph: Graph, role: str) -> list[Target]:
 
     starts = [target for target, _ in _inputs(graph) if target[1] in (role, "guider")]
     prompt = _texts(graph, "positive") if role == "negative" else []
-    strings = [target for target in _reached(graph, starts, step) if isinstance(_value(graph, target), str)]
-    return [target for target in strings if target not in prompt]
+    found = _reached(graph, starts, step)
+    return [target for target in found if isinstance(_value(graph, target), str) and target not in prompt]
 
 
 def _of_role(names: list[str], role: str) -> list[str]:
@@ -344,18 +336,19 @@ def _size(graph: Graph, name: str) -> list[Target]:
 
     reached = _reached(graph, [target for target, _ in _inputs(graph) if target[1] == "latent_image"], step)
     found = _literals(graph, [target for target in reached if target[1] == name])
-    _refuse_if(_differ(graph, found), graph, name, found)
+    _refuse_unlike(graph, name, found)
     # What a text encoder calls its width is the size of the pictures that the model was trained on.
-    others = [(node_id, name) for node_id in graph if not _linked(graph, (node_id, "clip"))]
-    return [each for each in _literals(graph, found and found + others) if not _differ(graph, [each, found[0]])]
+    others: list[Target] = [(node_id, name) for node_id in graph if not _linked(graph, (node_id, "clip"))]
+    alike = _literals(graph, found and found + others)
+    return [target for target in alike if _value(graph, target) == _value(graph, found[0])]
 
 
-def _reached(graph: Graph, starts: list[Target], step: Step) -> list[Target]:
+def _reached(graph: Graph, starts: list[Target], step: Callable[[str, str, int], list[str]]) -> list[Target]:
     """The inputs and all that they are linked to: `step` says by which inputs to go on from a node, and its output."""
     found: dict[Target, None] = {}
     ahead = [*starts]
-    while ahead:
-        if (target := ahead.pop()) not in found:
+    for target in ahead:  # it grows meanwhile
+        if target not in found:
             found[target] = None
             for source, output in _linked(graph, target):
                 ahead += [(source, name) for name in step(source, target[1], output)]
@@ -365,8 +358,8 @@ def _reached(graph: Graph, starts: list[Target], step: Step) -> list[Target]:
 def _linked(graph: Graph, target: Target) -> list[tuple[str, int]]:
     """The node, and the number of its output, that an input is linked to, if it is."""
     value = _value(graph, target)
-    is_link = isinstance(value, list) and [type(each) for each in value] == [str, int]
-    return [(value[0], value[1])] if is_link and value[0] in graph else []
+    is_link = isinstance(value, list) and [type(each) for each in value] == [str, int] and value[0] in graph
+    return [(value[0], value[1])] if is_link else []
 
 
 # The modifiers ########################################################################################################
@@ -445,6 +438,6 @@ def _default_checkpoint(context: Context) -> str:
     installed = [chosen] if chosen else context.choices("CheckpointLoaderSimple", "ckpt_name")
     if not installed:
         raise InvalidModification(
-            "ComfyUI has no checkpoint: put a .safetensors file into its folder models/checkpoints"
+            "ComfyUI has no checkpoint: put a .safetensors file into its models/checkpoints folder"
         )
     return installed[0]
