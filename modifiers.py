@@ -144,7 +144,7 @@ def _files(context: Context) -> dict[str, Path]:
 def load(path: Path) -> Graph:
     """The graph in the file, in API format; InvalidModification says by the file's name what is wrong with it."""
     try:
-        graph: Graph = json.loads(path.read_text("utf-8-sig"))
+        graph: Graph = json.loads(path.read_text("utf-8-sig"), parse_constant=int)  # int refuses NaN
     except (OSError, ValueError, RecursionError) as error:
         fault = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else f"is not JSON: {error}"
     else:
@@ -438,6 +438,6 @@ def _default_checkpoint(context: Context) -> str:
     installed = [chosen] if chosen else context.choices("CheckpointLoaderSimple", "ckpt_name")
     if not installed:
         raise InvalidModification(
-            "ComfyUI has no checkpoint: put a .safetensors file into its models/checkpoints folder"
+            "ComfyUI has no checkpoint: put one (.safetensors) into its models/checkpoints folder"
         )
     return installed[0]

@@ -96,6 +96,8 @@ CHOICES = {
     "sampler": (SAMPLERS, {}),
     "scheduler": (SCHEDULERS, {}),
     "method": (["default", "fastest", "slowest"], {}),
+    "scaling": (["nearest-exact", "bilinear", "area", "bicubic", "lanczos"], {}),
+    "crop": (["disabled", "center"], {}),
     "image": ([], {"image_upload": True}),  # the list follows the input folder
     "format": ("COMBO", {**NEW_STYLE, "options": ["auto", "mp4"]}),
     "codec": ("COMBO", {**NEW_STYLE, "options": ["auto", "h264"]}),
@@ -154,6 +156,12 @@ class Nodes:
         with Image.open(str(run.server.input_path(image))) as opened:
             return [frame.convert("RGB") for frame in ImageSequence.Iterator(opened)], None
 
+    def ImageScale(run, image, upscale_method, width, height, crop):
+        """image IMAGE, upscale_method scaling, width INT 512 0 16384 1, height INT 512 0 16384 1, crop crop -> IMAGE"""
+        old = image[0].size
+        size = (width or max(1, round(old[0] * height / old[1])), height or max(1, round(old[1] * width / old[0])))
+        return ([ImageOps.fit(frame, size) if crop == "center" else frame.resize(size) for frame in image],)
+
     def SaveImage(run, images, filename_prefix, kind="output"):
         """images IMAGE, filename_prefix STRING "ComfyUI" ->"""
         notes = PngInfo()
@@ -192,6 +200,10 @@ class Nodes:
     def EmptyLatentImage(run, width, height, batch_size):
         """width INT 512 16 16384 8, height INT 512 16 16384 8, batch_size INT 1 1 4096 -> LATENT"""
         return (Latent(width // 8 * 8, height // 8 * 8, batch_size, ""),)
+
+    def RepeatLatentBatch(run, samples, amount):
+        """samples LATENT, amount INT 1 1 64 -> LATENT"""
+        return (samples._replace(batch_size=samples.batch_size * amount),)
 
     async def KSampler(run, steps, latent_image, **settings):
         """model MODEL, seed INT 0 0 18446744073709551615, steps INT 20 1 10000, cfg FLOAT 8.0 0.0 100.0 0.1,
@@ -2781,6 +2793,13 @@ BAD_MODIFICATIONS = [
     ("Text2Image", {"prompt": 5}, "prompt has to be string, not 5"),
     ("Text2Image", {"prompt": "x", "cfg": [7]}, "cfg has to be number"),
     ("Text2Image", {"prompt": "x", "context": 1}, "unknown 'context'"),
+    ("Image2Image", {"prompt": "x"}, "Image2Image: input_image is missing; there is: input_image (string, required)"),
+    ("Image2Image", {"prompt": "x", "input_image": "cat.png", "steps": "4"}, "steps has to be integer, not '4'"),
+    (
+        "RawWorkflow",
+        {"colour": 1},
+        "'colour' fits nothing in the workflow; what can be set: prompt, negative_prompt, 3",
+    ),
 ]
 
 
@@ -2802,7 +2821,7 @@ def test_a_wrong_modification_is_named_with_what_there_is(
     [
         ("def NoType(a) -> Graph: ...", "NoType: a needs a type"),
         ("def Listed(a: list[str]) -> Graph: ...", "Listed: a needs a type"),
-        ("def Defaulted(a: str = 5) -> Graph: ...", "Defaulted: the default of a is not of its type"),
+        ("def Defaulted(a: str = 5) -> Graph: ...", "Defaulted: the default of a has to be string, not 5"),
         ("def Text2Image(a: str) -> Graph: ...", "two modifiers of the name Text2Image"),
     ],
 )
@@ -3242,6 +3261,303 @@ def test_a_modification_lands_where_it_is_meant_or_is_refused_with_the_choices(w
     ]
 
 
+def test_texts_that_differ_are_refused_unless_one_encoder_has_them_all() -> None:
+    graph = flux()
+    graph["2:1"]["inputs"]["value"] = "of the text node"
+    with pytest.raises(modifiers.InvalidModification, match="prompt may mean several inputs"):
+        modifiers.fill(graph, {"prompt": "x"})
+    graph["6"]["inputs"]["t5xxl"] = "of the encoder"
+    filled = modifiers.fill(graph, {"prompt": "x"})["6"]["inputs"]
+    assert (filled["clip_l"], filled["t5xxl"]) == ("x", "x")
+    graph = regions()
+    graph["7"]["inputs"]["text"], graph["20"] = ["20", 0], node("PrimitiveString", value=["19", 0])
+    with pytest.raises(modifiers.InvalidModification, match="choose among 19.string_a .* 19.string_b"):
+        modifiers.fill(graph, {"negative_prompt": "x"})
+
+
+CARRIED = [  # what may lie between a text encoder and a sampler
+    node("ControlNetApply", conditioning=["6", 0], control_net=["1", 0], image=["2", 0], strength=1.0),
+    node("StyleModelApply", conditioning=["6", 0], style_model=["1", 0], strength=1.0, strength_type="multiply"),
+    node(
+        "unCLIPConditioning", conditioning=["6", 0], clip_vision_output=["1", 0], strength=1.0, noise_augmentation=0.0
+    ),
+    node("ConditioningSetMask", conditioning=["6", 0], mask=["2", 1], strength=1.0, set_cond_area="default"),
+    node("ConditioningAverage", conditioning_to=["6", 0], conditioning_from=["6", 0], conditioning_to_strength=0.5),
+    node("ConditioningConcat", conditioning_to=["6", 0], conditioning_from=["6", 0]),
+    node("FluxKontextMultiReferenceLatentMethod", conditioning=["6", 0], reference_latents_method="index"),
+    node(
+        "ConditioningSetPropertiesAndCombine", cond=["6", 0], cond_NEW=["6", 0], strength=1.0, set_cond_area="default"
+    ),
+    node("PairConditioningCombine", positive_A=["6", 0], negative_A=["7", 0], positive_B=["6", 0], negative_B=["7", 0]),
+    node("ConditioningSetDefaultCombine", cond=["6", 0], cond_DEFAULT=["6", 0]),
+    node("Any Switch (rgthree)", any_01=["6", 0]),
+    node("CLIPTextEncodeControlnet", clip=["4", 1], conditioning=["6", 0], text="a cat"),
+]
+
+
+@pytest.mark.parametrize("between", CARRIED, ids=lambda node: node["class_type"])
+def test_a_prompt_is_found_behind_every_conditioning_node(between: dict[str, Any]) -> None:
+    graph = {**text2image(), "99": between}
+    graph["3"]["inputs"]["positive"] = ["99", 0]
+    expected = {"6.text", "99.text"} if "text" in between["inputs"] else {"6.text"}
+    after = literals(modifiers.fill(graph, {"prompt": "a dog"}))
+    assert {name for name, value in after.items() if value == "a dog"} == expected
+
+
+ENCODERS = {
+    "CLIPTextEncodeHiDream": dict(clip_l="x", clip_g="x", t5xxl="x", llama="x"),
+    "CLIPTextEncodeHunyuanDiT": dict(bert="x", mt5xl="x"),
+    "CLIPTextEncodeLumina2": dict(user_prompt="x", system_prompt="superior"),
+    "CLIPTextEncodePixArtAlpha": dict(text="x", width=1024, height=1024),
+    "TextEncodeAceStepAudio": dict(tags="x", lyrics="la la", lyrics_strength=1.0),
+    "TextEncodeHunyuanVideo_ImageToVideo": dict(prompt="x", image_interleave=2, clip_vision_output=["8", 0]),
+    "PhotoMakerEncode": dict(text="x", image=["8", 0], photomaker=["8", 0]),
+}
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_text_encoder_gets_the_prompt_and_keeps_its_other_inputs(encoder: str) -> None:
+    graph = {**text2image(), "6": node(encoder, clip=["4", 1], **ENCODERS[encoder])}
+    filled = modifiers.fill(graph, {"prompt": "a dog", "width": 96})
+    expected = {name: "a dog" if value == "x" else value for name, value in ENCODERS[encoder].items()}
+    assert filled["6"]["inputs"] == {"clip": ["4", 1], **expected}
+    assert filled["5"]["inputs"]["width"] == 96
+
+
+def test_placeholders_are_filled_whole_with_their_type_and_inside_text_as_text() -> None:
+    loras = {"lora_1": {"on": "{{ON}}", "lora": "{{ lora }}.safetensors"}, "list": ["{{steps}}", "of {{STEPS}}"]}
+    graph = {
+        "1": {
+            **node("Any", steps="{{Steps}}", text="{{PROMPT}}, {{style}}, {{{{x", loras=loras),
+            "_meta": {"title": "{{T}}"},
+        }
+    }
+    given = {"steps": 4, "PROMPT": 'a "cat" {{style}}', "Style": 1.5, "on": True, "LORA": "sharp"}
+    filled = modifiers.fill(graph, given)
+    loras = {"lora_1": {"on": True, "lora": "sharp.safetensors"}, "list": [4, "of 4"]}
+    text = 'a "cat" {{style}}, 1.5, {{{{x'
+    assert filled == {"1": {**node("Any", steps=4, text=text, loras=loras), "_meta": {"title": "{{T}}"}}}
+    for name in given:
+        left = {other: value for other, value in given.items() if other != name}
+        with pytest.raises(modifiers.InvalidModification, match=f"^{name.lower()} is missing") as refused:
+            modifiers.fill(graph, left)
+        assert {"name": name.lower()} in refused.value.details["settable"]
+    assert modifiers.fill(graph, {**given, "1.steps": 5})["1"]["inputs"]["steps"] == 5
+    with pytest.raises(modifiers.InvalidModification, match="on has to be string or number or boolean"):
+        modifiers.fill(graph, {**given, "on": [True]})
+    with pytest.raises(modifiers.InvalidModification, match="STEPS is for an input that another one"):
+        modifiers.fill(graph, {**given, "STEPS": 5})
+
+
+FITTING = [
+    ("3.seed", 7, 7), ("3.seed", 7.0, 7), ("3.seed", "7", None), ("3.seed", True, None), ("3.seed", None, None),
+    ("3.steps", 9.0, 9), ("3.steps", [20, 0], None), ("3.steps", {"a": 1}, None), ("3.cfg", 8, 8), ("3.cfg", "8", None),
+    ("4.on", False, False), ("4.on", 0, None), ("4.scale", 1.5, 1.5), ("5.text", "", ""), ("5.text", 5, None),
+    ("5.text", ["3", 0], None), ("5.text", None, None), ("3.model", "x", None), ("5.list", [1], None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value", "result"), FITTING, ids=str)
+def test_a_modification_is_of_the_type_of_what_it_replaces(name: str, value: Any, result: Any) -> None:
+    graph = {
+        "3": node("Any", seed=pyworker.RANDOM_INT, steps=20, cfg=7.0, model=["4", 0]),
+        "4": node("Any", on=True, scale=1),  # as ComfyUI exports a float
+        "5": node("Any", text="a cat", list=[1, 2, 3]),
+    }
+    if result is None:
+        with pytest.raises(modifiers.InvalidModification, match=r"has to be|is linked to another node, or holds no"):
+            modifiers.fill(graph, {name: value})
+    else:
+        filled = literals(modifiers.fill(graph, {name: value}))[name]
+        assert (filled, type(filled)) == (result, type(result))
+
+
+def test_an_input_gets_one_value() -> None:
+    graph = text2image()
+    assert modifiers.fill(graph, {"seed": 5, "3.seed": 5})["3"]["inputs"]["seed"] == 5
+    with pytest.raises(modifiers.InvalidModification, match=r"3\.seed is for an input that another one"):
+        modifiers.fill(graph, {"seed": 5, "3.seed": 6})
+
+
+class Alone:
+    """What modifiers need of a worker, without ComfyUI."""
+
+    def __init__(self, *checkpoints: str, **variables: Any) -> None:
+        self.settings, self.checkpoints = pyworker.Settings(**variables), list(checkpoints)
+
+    def choices(self, class_type: str, name: str) -> list[str]:
+        assert (class_type, name) == ("CheckpointLoaderSimple", "ckpt_name")
+        return self.checkpoints
+
+
+@pytest.mark.parametrize("modifier", ["Text2Image", "Image2Image", "RawWorkflow"])
+def test_without_a_checkpoint_it_is_said_where_to_put_one(modifier: str) -> None:
+    modifications = {"prompt": "x", **({"input_image": "cat.png"} if modifier == "Image2Image" else {})}
+    with pytest.raises(modifiers.InvalidModification, match=r"put one \(.safetensors\) into its models/checkpoints"):
+        modifiers.build(modifier, modifications, Alone())
+    for context in (Alone("first", "second"), Alone(default_checkpoint="first")):
+        assert modifiers.build(modifier, modifications, context)["4"]["inputs"] == {"ckpt_name": "first"}
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
+VALUES = st.recursive(
+    SCALARS, lambda each: st.lists(each, max_size=3) | st.dictionaries(st.text(), each, max_size=3), max_leaves=5
+)
+NAMES = (
+    st.sampled_from(sorted({name for names in LANDS.values() for name in names} | {"input_image", "prompt", "seed"}))
+    | st.text()
+)
+MODIFICATIONS = st.dictionaries(NAMES, VALUES, max_size=6)
+
+
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from([*GRAPHS, "Text2Image", "Image2Image", "RawWorkflow"]), MODIFICATIONS)
+def test_whatever_the_modifications_are_they_make_a_graph_or_are_refused(
+    name: str, modifications: dict[str, Any]
+) -> None:
+    try:
+        if name in GRAPHS:
+            graph = modifiers.fill(GRAPHS[name](), modifications)
+            assert [*graph] == [*GRAPHS[name]()]
+        else:
+            graph = modifiers.build(name, modifications, Alone("a checkpoint"))
+        assert pyworker.read_graph(json.loads(json.dumps(graph))).keys() == graph.keys()
+    except modifiers.InvalidModification as refused:
+        assert str(refused) and json.dumps(refused.details)
+
+
+def test_image2image_begins_with_the_picture_and_keeps_its_size_unless_told(worker: Worker) -> None:
+    Image.effect_noise((96, 64), 50).convert("RGB").save(pathlib.Path(os.environ["COMFYUI_INPUT"], "noise.png"))
+    asked = {"input_image": "noise.png", "prompt": "x", "steps": 1, "seed": 1}
+
+    def made(**more: Any) -> list[tuple[int, int]]:
+        answer = worker.post({"modifier": "Image2Image", "modifications": {**asked, **more}})
+        assert answer.status == 200, answer.body
+        return [Image.open(io.BytesIO(base64.b64decode(file["data"]))).size for file in answer.files]
+
+    assert made() == [(96, 64)]
+    assert made(batch_size=2, denoise=0.5, negative_prompt="y", cfg_scale=3) == [(96, 64)] * 2
+    assert made(width=48) == [(48, 32)] and made(height=128) == [(192, 128)]
+    assert made(width=64, height=64) == [(64, 64)]
+    graph = modifiers.build("Image2Image", {**asked, "cfg_scale": 3}, Alone("a checkpoint"))
+    assert graph["3"]["inputs"]["denoise"] == 0.75 and graph["3"]["inputs"]["cfg"] == 3
+    answer = worker.post({"modifier": "Image2Image", "modifications": {**asked, "input_image": "none such.png"}})
+    assert (answer.status, answer.error["type"]) == (422, "workflow_rejected") and "none such.png" in answer.error[
+        "message"
+    ]
+
+
+BROKEN_WORKFLOWS = {
+    "cut.json": (b'{"1": {"class_type"', "is not JSON: "),
+    "latin.json": ("{'1': 'é'}".encode("latin-1"), "is not JSON: "),
+    "nan.json": (b'{"1": {"class_type": "A", "inputs": {"a": NaN}}}', "is not JSON: "),
+    "deep.json": (b"[" * 100000, "is not JSON: "),
+    "editor.json": (
+        b'{"nodes": [], "links": [], "version": 0.4}',
+        "is in the editor's own format; in ComfyUI, use Workflow >",
+    ),
+    "list.json": (b"[]", "is not in API format: it has to be an object of nodes"),
+    "empty.json": (b"{}", "is not in API format: it has to be an object of nodes"),
+    "number.json": (b'{"1": 5}', "is not in API format: node '1' needs a class_type"),
+    "type.json": (b'{"1": {"class_type": 5, "inputs": {}}}', "is not in API format: node '1' needs a class_type"),
+    "inputs.json": (b'{"a": {"class_type": "A"}}', "is not in API format: node 'a' needs a class_type"),
+    "folder.json": (None, "cannot be read: Is a directory"),
+}
+
+
+@pytest.fixture(scope="module")
+def with_files(start: Callable[..., Worker], tmp_path_factory: pytest.TempPathFactory) -> tuple[Worker, pathlib.Path]:
+    """A worker with workflows in files, and their folder."""
+    folder = tmp_path_factory.mktemp("workflows")
+    for name, (content, _) in BROKEN_WORKFLOWS.items():
+        (folder / name).mkdir() if content is None else (folder / name).write_bytes(content)
+    for name, make in GRAPHS.items():
+        (folder / f"{name}.json").write_text(json.dumps(make()))
+    image = node("EmptyImage", width="{{SIZE}}", height="{{size}}", batch_size=1, color=5)
+    coloured = {"1": image, "2": node("SaveImage", images=["1", 0], filename_prefix="of-{{NAME}}")}
+    (folder / "in colour.json").write_text("\ufeff" + json.dumps(coloured), "utf-8")
+    (folder / "Text2Image.json").write_text(json.dumps(picture()))
+    (folder / "notes.txt").write_text(json.dumps(picture()))
+    (folder / "inner").mkdir()
+    for outside in (folder.parent / "outside.json", folder / "inner" / "nested.json"):
+        outside.write_text(json.dumps(picture()))
+    return start(WORKFLOWS_DIR=folder, WORKFLOW_FILE=folder / "in colour.json"), folder
+
+
+@pytest.mark.parametrize("name", BROKEN_WORKFLOWS)
+def test_a_broken_workflow_file_is_named_and_hurts_no_other(with_files: tuple[Worker, pathlib.Path], name: str) -> None:
+    worker, folder = with_files
+    answer = worker.post({"modifier": name.removesuffix(".json")})
+    assert (answer.status, answer.error["type"]) == (400, "invalid_modification")
+    assert f"the workflow file {name} {BROKEN_WORKFLOWS[name][1]}" in answer.error["message"]
+    assert str(folder) not in answer.body.decode()
+
+
+def test_a_workflow_file_is_a_modifier_as_soon_as_it_is_there(with_files: tuple[Worker, pathlib.Path]) -> None:
+    worker, folder = with_files
+    asked = {"modifier": "in colour", "modifications": {"Size": 48, "name": "me", "color": 6}}
+    answer = worker.post(asked)
+    assert answer.status == 200, answer.body
+    assert answer.files[0]["filename"].startswith("of-me")
+    assert Image.open(io.BytesIO(base64.b64decode(answer.files[0]["data"]))).size == (48, 48)
+    assert worker.post({**asked, "modifier": "RawWorkflow"}).files[0]["filename"].startswith("of-me"), "WORKFLOW_FILE"
+    answer = worker.post({"modifier": "in colour", "modifications": {"size": 48, "1.color": "red"}})
+    assert "1.color has to be integer or number, not 'red'; name is missing" in answer.error["message"]
+    assert {"name": "1.color", "class_type": "EmptyImage", "value": 5} in answer.error["settable"]
+    assert "prompt is missing" in worker.post({"modifier": "Text2Image"}).error["message"], "the function comes first"
+    assert worker.post({"modifier": "later"}).status == 400
+    (folder / "later.json").write_text(json.dumps(picture(color=7)))
+    assert worker.post({"modifier": "later"}).status == 200
+    expected = {"Image2Image", "RawWorkflow", "Text2Image", "later", "in colour", *GRAPHS}
+    expected |= {name.removesuffix(".json") for name in BROKEN_WORKFLOWS}
+    assert worker.health().json["modifiers"] == sorted(expected)
+    unknown = worker.post({"modifier": "never"}).error
+    assert unknown["modifiers"] == sorted(expected) and "in colour" in unknown["message"]
+    (folder / "later.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "inner/nested", "inner", "notes", "later.json", "./text2image", "/etc/passwd", "*", "\0"]
+)
+def test_no_name_leads_out_of_the_folder_of_workflows(with_files: tuple[Worker, pathlib.Path], name: str) -> None:
+    worker, folder = with_files
+    for asked in (name, str(folder.parent / "outside")):
+        answer = worker.post({"modifier": asked})
+        assert (answer.status, answer.error["type"]) == (400, "invalid_modification")
+        assert "there is no modifier" in answer.error["message"]
+
+
+def test_a_workflow_file_that_is_not_there_is_named_without_its_folder(
+    start: Callable[..., Worker], tmp_path: pathlib.Path
+) -> None:
+    worker = start(WORKFLOW_FILE=tmp_path / "gone.json", WORKFLOWS_DIR=tmp_path / "gone")
+    answer = worker.post({"modifier": "RawWorkflow", "modifications": {"prompt": "x"}})
+    assert (answer.status, answer.error["type"]) == (400, "invalid_modification")
+    assert answer.error["message"] == "the workflow file gone.json cannot be read: No such file or directory"
+    assert worker.health().json["modifiers"] == ["Image2Image", "RawWorkflow", "Text2Image"]
+
+
+def test_rawworkflow_is_text2images_graph_where_there_is_no_file(worker: Worker) -> None:
+    modifications = {"prompt": "x", "width": 64, "height": 64, "steps": 2, "seed": 5, "6.text": "x"}
+    answer = worker.post({"modifier": "RawWorkflow", "modifications": modifications})
+    assert answer.status == 200 and answer.json["seeds"] == {"3": 5}
+    unseeded = worker.post({"modifier": "RawWorkflow", "modifications": {**modifications, "seed": pyworker.RANDOM_INT}})
+    assert unseeded.json["seeds"]["3"] not in (5, pyworker.RANDOM_INT)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(name=st.sampled_from(["flux", "sd3", "wan_image2video", "nope", "cut"]), modifications=MODIFICATIONS)
+def test_no_modifications_make_the_worker_fail(
+    with_files: tuple[Worker, pathlib.Path], name: str, modifications: dict[str, Any]
+) -> None:
+    answer = with_files[0].post({"modifier": name, "modifications": modifications})
+    assert (answer.status, answer.error["type"]) in [  # the models are not installed, so none of them runs
+        (400, "invalid_modification"),
+        (400, "invalid_request"),
+        (422, "workflow_rejected"),
+    ]
+
+
 # HTTP #################################################################################################################
 
 
@@ -3571,7 +3887,7 @@ def test_the_readmes_modifier_works(start: Callable[..., Worker], tmp_path: path
     assert request
     assert own.post(json.loads(request[1])).files[0]["filename"].startswith("plain")
     assert "color is missing" in own.post({"modifier": "Plain"}).error["message"]
-    assert own.health().json["modifiers"] == ["Plain", "RawWorkflow", "Text2Image"]
+    assert own.health().json["modifiers"] == ["Image2Image", "Plain", "RawWorkflow", "Text2Image"]
 
 
 def test_the_readmes_answer_has_the_fields_of_a_real_one(worker: Worker) -> None:
