@@ -437,7 +437,5 @@ def _default_checkpoint(context: Context) -> str:
     chosen = context.settings.default_checkpoint
     installed = [chosen] if chosen else context.choices("CheckpointLoaderSimple", "ckpt_name")
     if not installed:
-        raise InvalidModification(
-            "ComfyUI has no checkpoint: put one (.safetensors) into its models/checkpoints folder"
-        )
+        raise InvalidModification("ComfyUI has no checkpoint: put a .safetensors file into its models/checkpoints")
     return installed[0]

@@ -3271,7 +3271,7 @@ def test_texts_that_differ_are_refused_unless_one_encoder_has_them_all() -> None
     assert (filled["clip_l"], filled["t5xxl"]) == ("x", "x")
     graph = regions()
     graph["7"]["inputs"]["text"], graph["20"] = ["20", 0], node("PrimitiveString", value=["19", 0])
-    with pytest.raises(modifiers.InvalidModification, match="choose among 19.string_a .* 19.string_b"):
+    with pytest.raises(modifiers.InvalidModification, match=r"choose among 19\.string_a .* 19\.string_b"):
         modifiers.fill(graph, {"negative_prompt": "x"})
 
 
@@ -3393,7 +3393,7 @@ class Alone:
 @pytest.mark.parametrize("modifier", ["Text2Image", "Image2Image", "RawWorkflow"])
 def test_without_a_checkpoint_it_is_said_where_to_put_one(modifier: str) -> None:
     modifications = {"prompt": "x", **({"input_image": "cat.png"} if modifier == "Image2Image" else {})}
-    with pytest.raises(modifiers.InvalidModification, match=r"put one \(.safetensors\) into its models/checkpoints"):
+    with pytest.raises(modifiers.InvalidModification, match=r"put a \.safetensors file into its models/checkpoints"):
         modifiers.build(modifier, modifications, Alone())
     for context in (Alone("first", "second"), Alone(default_checkpoint="first")):
         assert modifiers.build(modifier, modifications, context)["4"]["inputs"] == {"ckpt_name": "first"}
@@ -3809,6 +3809,8 @@ def test_the_readmes_commands_work(
     }
     for name, value in stands_for.items():
         code = code.replace(name, value)
+    if "cat.png" in code:
+        Image.new("RGB", (96, 64)).save(pathlib.Path(os.environ["COMFYUI_INPUT"], "cat.png"))
     printed = bash(code, tmp_path)
     if written := re.search(r"-o (cat.\w+)", code):
         with Image.open(tmp_path / written[1]) as cat:
@@ -3888,6 +3890,14 @@ def test_the_readmes_modifier_works(start: Callable[..., Worker], tmp_path: path
     assert own.post(json.loads(request[1])).files[0]["filename"].startswith("plain")
     assert "color is missing" in own.post({"modifier": "Plain"}).error["message"]
     assert own.health().json["modifiers"] == ["Image2Image", "Plain", "RawWorkflow", "Text2Image"]
+
+
+def test_the_readmes_workflow_file_works(start: Callable[..., Worker], tmp_path: pathlib.Path) -> None:
+    (tmp_path / "portrait.json").write_text(json.dumps(text2image()))
+    request = re.search(r'`(\{"modifier": "portrait".*?\}\})`', README, re.DOTALL)
+    assert request
+    answer = start(WORKFLOWS_DIR=tmp_path).post(json.loads(request[1]))
+    assert answer.status == 200 and answer.json["seeds"] == {"3": 42}, answer.body
 
 
 def test_the_readmes_answer_has_the_fields_of_a_real_one(worker: Worker) -> None:
