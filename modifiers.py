@@ -172,12 +172,11 @@ def _fault(graph: Any) -> str:
 Target = tuple[str, ...]  # a node's id and the name of one of its inputs; or a placeholder's name alone
 
 PROMPTS = {"prompt": "positive", "negative_prompt": "negative"}
-ROLES = ("positive", "negative")  # in the order of the outputs of a node that passes both on
 PLACEHOLDER = re.compile(r"\{\{ *([\w.:-]+) *\}\}")
 # A graph does not have the types of its inputs, so what they are for is told by their names.
 CONDITIONING = re.compile(r"cond(?!2)|positive|negative|guider|any_|input\d|on_")  # from any_ on: of switches
 TEXT = re.compile(r"text|prompt|string|value|tags|positive|negative")
-NO_TEXT = re.compile(r"system|padding|lyrics|encoder|template|type|mode|^clip$")  # other inputs of text encoders
+NO_TEXT = re.compile(r"system|padding|encoder|template|type|mode|^clip$")  # other inputs of text encoders
 LATENT = re.compile(r"samples|latent|pixels|^image")
 
 
@@ -278,7 +277,7 @@ def _targets(graph: Graph, name: str) -> list[Target]:
         why = ": no text feeds the samplers' negative alone" if name == "negative_prompt" else ""
         raise InvalidModification(f"{name!r:.80} fits nothing in the workflow{why}")
     if name != "seed":  # one is as good as another, but other values that differ do so for a reason
-        is_both = all({*found} & {*_texts(graph, role)} for role in ROLES)
+        is_both = all({*found} & {*_texts(graph, role)} for role in PROMPTS.values())
         _refuse_unlike(graph, name, found, is_both)
     return found
 
@@ -286,7 +285,7 @@ def _targets(graph: Graph, name: str) -> list[Target]:
 def _literals(graph: Graph, targets: list[Target]) -> list[Target]:
     """Those of the inputs that hold a value, and for those linked to a node that is nothing but a number, that one."""
 
-    def step(source: str, *_: Any) -> list[str]:
+    def step(source: str) -> list[str]:
         return [*graph[source]["inputs"]] if len(graph[source]["inputs"]) == 1 else []
 
     kinds = dict.fromkeys(targets, (str, int, float))
@@ -305,15 +304,14 @@ def _prompt(graph: Graph, name: str) -> list[Target]:
 def _texts(graph: Graph, role: str) -> list[Target]:
     """The strings that the samplers' positive or negative is made of; a negative made of the prompt has none."""
 
-    def step(source: str, name: str, output: int) -> list[str]:
+    def step(source: str) -> list[str]:
         inputs = graph[source]["inputs"]
         links = [each for each in inputs if CONDITIONING.match(each) and _linked(graph, (source, each))]
-        side = role if name == "guider" else ROLES[output > 0]
-        texts = [each for each in inputs if not NO_TEXT.search(each) and each not in links]
+        texts = [each for each in inputs if not NO_TEXT.search(each)]
         telling = [each for each in texts if TEXT.search(each)]
         # An encoder whose inputs have no telling names is known by its clip.
         texts = telling or (texts if _linked(graph, (source, "clip")) else [])
-        return _of_role(links, side) + _of_role(texts, role)
+        return _of_role(links, role) + _of_role(texts, role)
 
     starts = [target for target, _ in _inputs(graph) if target[1] in (role, "guider")]
     prompt = _texts(graph, "positive") if role == "negative" else []
@@ -323,14 +321,14 @@ def _texts(graph: Graph, role: str) -> list[Target]:
 
 def _of_role(names: list[str], role: str) -> list[str]:
     """The names that have the role in them if there are any, else those that do not have the other."""
-    other = ROLES[role == "positive"]
+    other = "negative" if role == "positive" else "positive"
     return [name for name in names if role in name] or [name for name in names if other not in name]
 
 
 def _size(graph: Graph, name: str) -> list[Target]:
     """The width or height of the samplers' latents, and where else it is the same; none without such a latent."""
 
-    def step(source: str, *_: Any) -> list[str]:
+    def step(source: str) -> list[str]:
         inputs = graph[source]["inputs"]
         return [name] if name in inputs else [each for each in inputs if LATENT.search(each)]
 
@@ -343,23 +341,22 @@ def _size(graph: Graph, name: str) -> list[Target]:
     return [target for target in alike if _value(graph, target) == _value(graph, found[0])]
 
 
-def _reached(graph: Graph, starts: list[Target], step: Callable[[str, str, int], list[str]]) -> list[Target]:
-    """The inputs and all that they are linked to: `step` says by which inputs to go on from a node, and its output."""
+def _reached(graph: Graph, starts: list[Target], step: Callable[[str], list[str]]) -> list[Target]:
+    """The inputs and all that they are linked to: `step` says by which inputs to go on from a node."""
     found: dict[Target, None] = {}
     ahead = [*starts]
     for target in ahead:  # it grows meanwhile
         if target not in found:
             found[target] = None
-            for source, output in _linked(graph, target):
-                ahead += [(source, name) for name in step(source, target[1], output)]
+            ahead += [(source, name) for source in _linked(graph, target) for name in step(source)]
     return list(found)
 
 
-def _linked(graph: Graph, target: Target) -> list[tuple[str, int]]:
-    """The node, and the number of its output, that an input is linked to, if it is."""
+def _linked(graph: Graph, target: Target) -> list[str]:
+    """The node that an input is linked to, if it is."""
     value = _value(graph, target)
     is_link = isinstance(value, list) and [type(each) for each in value] == [str, int] and value[0] in graph
-    return [(value[0], value[1])] if is_link else []
+    return value[:1] if is_link else []
 
 
 # The modifiers ########################################################################################################

@@ -3372,6 +3372,27 @@ def test_a_modification_is_of_the_type_of_what_it_replaces(name: str, value: Any
         assert (filled, type(filled)) == (result, type(result))
 
 
+def test_one_node_may_make_both_conditionings() -> None:
+    graph = {**text2image(), "6": node("EncodeBoth", prompt="a cat", negative_prompt="blurry", clip=["4", 1])}
+    graph["3"]["inputs"]["negative"] = ["6", 1]
+    for name in ("prompt", "negative_prompt"):
+        after = literals(modifiers.fill(graph, {name: "x"}))
+        assert {key for key, value in after.items() if value == "x"} == {f"6.{name}"}
+
+
+def test_a_name_for_both_prompts_is_refused_although_they_are_the_same() -> None:
+    graph = text2image()
+    graph["6"]["inputs"]["text"] = graph["7"]["inputs"]["text"]
+    with pytest.raises(modifiers.InvalidModification, match=r"text may mean several inputs, choose among 6\.text"):
+        modifiers.fill(graph, {"text": "a cat"})
+
+
+def test_a_thousand_wrong_names_are_one_short_message() -> None:
+    with pytest.raises(modifiers.InvalidModification) as refused:
+        modifiers.fill(text2image(), {f"{'x' * 1000}{number}": number for number in range(1000)})
+    assert str(refused.value).count("fits nothing") == 10 and len(str(refused.value)) < 4000
+
+
 def test_an_input_gets_one_value() -> None:
     graph = text2image()
     assert modifiers.fill(graph, {"seed": 5, "3.seed": 5})["3"]["inputs"]["seed"] == 5
@@ -3439,7 +3460,8 @@ def test_image2image_begins_with_the_picture_and_keeps_its_size_unless_told(work
     assert made(batch_size=2, denoise=0.5, negative_prompt="y", cfg_scale=3) == [(96, 64)] * 2
     assert made(width=48) == [(48, 32)] and made(height=128) == [(192, 128)]
     assert made(width=64, height=64) == [(64, 64)]
-    graph = modifiers.build("Image2Image", {**asked, "cfg_scale": 3}, Alone("a checkpoint"))
+    graph = modifiers.build("Image2Image", {**asked, "cfg_scale": 3, "width": 64}, Alone("a checkpoint"))
+    assert graph["11"]["inputs"]["crop"] == "center"
     assert graph["3"]["inputs"]["denoise"] == 0.75 and graph["3"]["inputs"]["cfg"] == 3
     answer = worker.post({"modifier": "Image2Image", "modifications": {**asked, "input_image": "none such.png"}})
     assert (answer.status, answer.error["type"]) == (422, "workflow_rejected") and "none such.png" in answer.error[
