@@ -175,7 +175,7 @@ PROMPTS = {"prompt": "positive", "negative_prompt": "negative"}
 PLACEHOLDER = re.compile(r"\{\{ *([\w.:-]+) *\}\}")
 # A graph does not have the types of its inputs, so what they are for is told by their names.
 CONDITIONING = re.compile(r"cond(?!2)|positive|negative|guider|any_|input\d|on_")  # from any_ on: of switches
-TEXT = re.compile(r"text|prompt|string|value|tags|positive|negative")
+TEXT = re.compile(r"text|prompt|string|value|^tags|positive|negative")
 NO_TEXT = re.compile(r"system|padding|encoder|template|type|mode|^clip$")  # other inputs of text encoders
 LATENT = re.compile(r"samples|latent|pixels|^image")
 
