@@ -200,7 +200,7 @@ def fill(graph: Graph, modifications: dict[str, Any]) -> Graph:
     missing = {name for value in left.values() for name in _placeholders(value) if (name,) not in values}
     problems += [f"{name} is missing, which the workflow has a placeholder for" for name in sorted(missing)]
     if problems:
-        _refuse(graph, [*sorted(known), *(name for name, role in PROMPTS.items() if _texts(graph, role))], problems)
+        _refuse(graph, sorted(known | {name for name, role in PROMPTS.items() if _texts(graph, role)}), problems)
     values |= {target: _replace(value, values) for target, value in left.items()}
     return {key: {**graph[key], "inputs": {name: values[key, name] for name in graph[key]["inputs"]}} for key in graph}
 

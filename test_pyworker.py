@@ -2798,7 +2798,7 @@ BAD_MODIFICATIONS = [
     (
         "RawWorkflow",
         {"colour": 1},
-        "'colour' fits nothing in the workflow; what can be set: prompt, negative_prompt, 3",
+        "'colour' fits nothing in the workflow; what can be set: negative_prompt, prompt, 3",
     ),
 ]
 
