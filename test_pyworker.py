@@ -905,7 +905,8 @@ def start(comfyui_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         ) -> Worker:
             port = free_port()
             kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-            given = {"COMFYUI_API_BASE": comfyui_url, "PORT": port, "AWS_EC2_METADATA_DISABLED": "true", **variables}
+            given = {"COMFYUI_API_BASE": comfyui_url, "PORT": port, "AWS_EC2_METADATA_DISABLED": "true"}
+            given |= {"ALLOW_PRIVATE_ADDRESSES": "true", **variables}  # where S3 and receivers of the tests are
             environ = kept | {name: str(value) for name, value in given.items()}
             log = tmp_path_factory.mktemp("worker") / "log"
             run = stack.enter_context(process(sys.executable, *command, log=log, env=environ, cwd=HERE))
@@ -2710,7 +2711,7 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
     lambda each: st.lists(each) | st.dictionaries(st.text(), each),
 )
-FIELDS = [*pyworker.INPUT_FIELDS, "unknown"]
+FIELDS = ["s3", "webhook", *pyworker.FIELDS, "unknown"]
 GRAPHS = st.dictionaries(
     st.text(), st.fixed_dictionaries({}, optional={"class_type": st.just("EmptyImage") | JSON, "inputs": JSON}) | JSON
 )
@@ -3341,7 +3342,8 @@ def bench(comfyui: str | None, jobs: int) -> None:
         url = comfyui or stack.enter_context(stand_in(free_port(), folder))
         s3 = stack.enter_context(seaweedfs(folder))
         worker_url = f"http://127.0.0.1:{free_port()}"
-        environ = {**os.environ, "COMFYUI_API_BASE": url, "PORT": worker_url.rpartition(":")[2]}
+        variables = {"COMFYUI_API_BASE": url, "PORT": worker_url.rpartition(":")[2], "ALLOW_PRIVATE_ADDRESSES": "true"}
+        environ = os.environ | variables
         command = (sys.executable, str(HERE / "pyworker.py"))
         running = stack.enter_context(process(*command, log=folder / "worker.log", env=environ))
         wait_for("the worker is ready", lambda: answers(f"{worker_url}/health") and fetch(f"{worker_url}/health"))
