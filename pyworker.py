@@ -274,7 +274,7 @@ class Job:
     entry: dict[str, Any] = field(default_factory=dict)  # of ComfyUI's history
     outputs: list[Output] = field(default_factory=list)
     answer_file: Output | None = None  # whose bytes are the answer
-    patience_ends: float = 0.0  # when ComfyUI, away since it ran the job, is no longer waited for
+    patience_ends: float = 0.0  # when a ComfyUI that is away is no longer waited for
     warnings: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager
@@ -815,9 +815,9 @@ class ComfyUI:
         is_owed = False  # a prompt that ComfyUI may have and nobody will wait for
         try:
             for _ in range(2):
-                is_lost = self._submit(job)
+                client_id = self._submit(job)
                 is_owed = True
-                if self._wait(job, is_lost):
+                if self._wait(job, client_id):
                     is_owed = False
                     return
                 log.warning("job %s: ComfyUI has lost its prompt", job.request_id)
@@ -827,16 +827,15 @@ class ComfyUI:
                 self._stop_prompt(job)
         raise JobError(502, "comfyui_lost", "ComfyUI died twice under this job: it may be the job that kills it")
 
-    def _submit(self, job: Job) -> bool:
-        """Posts the prompt once a connection will hear of it and the GPU works; returns whether its answer was lost."""
-        while not self._client_id or self._fault:
-            job.next_message(self._patience())  # "connected", perhaps
+    def _submit(self, job: Job) -> str:
+        """Posts the prompt; returns the id of the client that will be told of it, none where the answer was lost."""
+        client_id = self.patiently(job, self._working_client)
         key = {"api_key_comfy_org": job.settings.comfy_org_api_key} if job.settings.comfy_org_api_key else {}
-        about = {"prompt_id": job.prompt_id, "client_id": self._client_id, "extra_data": key}
+        about = {"prompt_id": job.prompt_id, "client_id": client_id, "extra_data": key}
         try:
             status, answer = self._exchange("/prompt", {"prompt": job.workflow, **about})
         except CONNECTION_LOST:
-            return True
+            return ""
         with understanding():
             if status == 400:
                 raise self._rejection(answer["error"], answer.get("node_errors") or {}, job.workflow)
@@ -845,39 +844,37 @@ class ComfyUI:
             if answer.get("node_errors"):
                 dropped = self._complaints(answer["node_errors"], job.workflow)
                 job.warnings.append(f"ComfyUI dropped the outputs that depend on invalid nodes: {dropped}")
-        return False
+        return str(client_id)
 
-    def _wait(self, job: Job, is_lost: bool) -> bool:
+    def _working_client(self) -> str:
+        if not self._client_id or self._fault:
+            raise ConnectionError("its GPU is broken" if self._fault else "its websocket cannot be reached")
+        return self._client_id
+
+    def _wait(self, job: Job, client_id: str) -> bool:
         """Whether the prompt has ended; False where ComfyUI lost it with its connection."""
-        progress = Progress(job)
-        limit = self.settings.job_timeout or threading.TIMEOUT_MAX
-        deadline = time.monotonic() + limit if is_lost else float("inf")
+        progress, deadline = Progress(job), float("inf")
         while True:
-            if (left := deadline - time.monotonic()) <= 0:
-                raise JobError(504, "timeout", f"the job took more than the {limit:g} s of JOB_TIMEOUT")
-            message = job.next_message(min(left, LOOK_UP_SECONDS if is_lost else SILENCE_SECONDS))
+            is_told = client_id == self._client_id  # a connection that was lost takes its client's messages with it
+            pause = SILENCE_SECONDS if is_told else LOOK_UP_SECONDS
+            message = job.next_message(max(0, min(pause, deadline - time.monotonic())))
             kind, about = (message["type"], message["data"]) if message else ("silence", {})
-            is_lost = is_lost or kind == "connection_lost"
-            if kind in ("execution_start", "connection_lost"):
-                deadline = min(deadline, time.monotonic() + limit)
-            self._report(job, progress, kind, about)
+            if deadline == float("inf") and (kind == "execution_start" or not is_told):
+                deadline = time.monotonic() + (self.settings.job_timeout or float("inf"))
+            self._heed(job, progress, kind, about)
             if kind == "executing" and about.get("node", "") is None:
                 return True  # it sends this once a prompt has ended and its history is written
-            if kind not in ("silence", "connection_lost", "connected"):
-                continue
-            try:
-                found = self._look_up(job)
-            except CONNECTION_LOST:
-                self._note(False)
-                self._patience()
-                is_lost, found = True, "queued"
-                deadline = time.monotonic() + limit  # its time on the GPU begins anew
-            if found == "lost" and not is_lost:
-                raise JobError(499, "cancelled", "the job was deleted from ComfyUI's queue")
-            if found == "ended" and kind == "silence" and not is_lost and self._socket:
-                self._socket.abort()  # type: ignore[no-untyped-call]  # it did not tell: another one is opened
-            if found != "queued":
-                return found == "ended"
+            if kind in ("silence", "connection_lost", "connected"):
+                found = self.patiently(job, lambda: self._look_up(job))
+                if found == "lost" and client_id == self._client_id:
+                    raise JobError(499, "cancelled", "the job was deleted from ComfyUI's queue")
+                if found == "ended" and kind == "silence" and is_told and self._socket:
+                    self._socket.abort()  # type: ignore[no-untyped-call]  # it did not tell: another one is opened
+                if found != "queued":
+                    return bool(found == "ended")
+            if time.monotonic() > deadline:
+                limit = self.settings.job_timeout
+                raise JobError(504, "timeout", f"the job took more than the {limit:g} s of JOB_TIMEOUT")
 
     @understanding()
     def _look_up(self, job: Job) -> str:
@@ -903,7 +900,7 @@ class ComfyUI:
             told = change_text(job.entry, lambda text: text.replace(key, "***"))
             job.entry = {**told, "outputs": job.entry.get("outputs")}  # whose names have to stay
 
-    def _report(self, job: Job, progress: Progress, kind: str, about: dict[str, Any]) -> None:
+    def _heed(self, job: Job, progress: Progress, kind: str, about: dict[str, Any]) -> None:
         """Heeds what ComfyUI tells of a running job; what makes no sense costs no job."""
         with contextlib.suppress(JobError, *CONNECTION_LOST), understanding():
             if kind == "execution_error":
@@ -923,38 +920,31 @@ class ComfyUI:
     def _stop_prompt(self, job: Job) -> None:
         """Takes the prompt off ComfyUI: out of its queue, or off the GPU."""
         for _ in range(1 if self._failing_since else 3):
-            try:
+            with contextlib.suppress(*CONNECTION_LOST, JobError):
                 self._exchange("/queue", {"delete": [job.prompt_id]}, LOOK_UP_TIMEOUT_SECONDS)
                 # looked up first: versions before the targeted form interrupt whoever runs
                 if self._look_up(job) == "queued":
                     self._exchange("/interrupt", {"prompt_id": job.prompt_id}, LOOK_UP_TIMEOUT_SECONDS)
                 return
-            except (*CONNECTION_LOST, JobError) as error:
-                log.warning("job %s could not be stopped in ComfyUI: %s", job.request_id, error)
             threading.Event().wait(RECONNECT_SECONDS)
 
-    def _patience(self) -> float:
-        """The seconds that ComfyUI may still stay away; comfyui_lost when there are none left."""
-        limit = self.settings.comfyui_return_timeout
-        if (left := limit - self._away()) <= 0:
-            raise JobError(502, "comfyui_lost", f"ComfyUI went away and was not back in order within {limit:g} s")
-        return left
-
-    # files
-
     def patiently(self, job: Job, action: Callable[[], Any]) -> Any:
-        """What the action makes of a job that has run, tried again while ComfyUI is away; comfyui_lost at the end."""
+        """What the action returns, tried again while ComfyUI is away; comfyui_lost after COMFYUI_RETURN_TIMEOUT."""
         while True:
             try:
-                return action()
+                result = action()
+                job.patience_ends = 0.0
+                return result
             except CONNECTION_LOST as lost:
-                now = time.monotonic()
-                job.patience_ends = job.patience_ends or now + self.settings.comfyui_return_timeout
-                if now > job.patience_ends:
-                    raise JobError(
-                        502, "comfyui_lost", f"ComfyUI went away before its files were had: {lost}"
-                    ) from None
-            threading.Event().wait(LOOK_UP_SECONDS)
+                self._note(False)
+                limit = self.settings.comfyui_return_timeout
+                job.patience_ends = job.patience_ends or self._failing_since + limit  # since then all jobs wait
+                if (left := job.patience_ends - time.monotonic()) <= 0:
+                    message = f"ComfyUI went away and was not back in order within {limit:g} s: {lost}"
+                    raise JobError(502, "comfyui_lost", message) from None
+            job.next_message(min(left, LOOK_UP_SECONDS))  # "connected", perhaps, or an order to stop
+
+    # files
 
     @contextlib.contextmanager
     def open(self, output: Output, preview: str = "") -> Iterator[http.client.HTTPResponse]:
@@ -1185,14 +1175,14 @@ def _deliver_file(job: Job, comfyui: ComfyUI, output: Output) -> JobError | None
 
 
 def _bring(job: Job, comfyui: ComfyUI, output: Output) -> None:
-    """Once, so that it can be done again when ComfyUI went away over it: what S3 has taken is not sent again."""
-    preview, error = preview_of(job, output), None
-    if job.settings.s3_bucket_name and "url" not in output:
-        error = _upload(job, comfyui, output, preview)
-    if job.return_outputs_as_base64 or "url" not in output:
-        _embed(job, comfyui, output, preview)
-    if error:
-        raise error
+    """So that it can be done again when ComfyUI went away over it: what S3 has taken is not sent again."""
+    preview = preview_of(job, output)
+    try:
+        if job.settings.s3_bucket_name and "url" not in output:
+            _upload(job, comfyui, output, preview)
+    finally:
+        if job.return_outputs_as_base64 or "url" not in output:
+            _embed(job, comfyui, output, preview)
 
 
 def _embed(job: Job, comfyui: ComfyUI, output: Output, preview: str) -> None:
@@ -1235,7 +1225,7 @@ def choose(job: Job, comfyui: ComfyUI) -> None:
     raise error
 
 
-def _upload(job: Job, comfyui: ComfyUI, output: Output, preview: str) -> JobError | None:
+def _upload(job: Job, comfyui: ComfyUI, output: Output, preview: str) -> None:
     from boto3.s3.transfer import TransferConfig
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -1252,31 +1242,26 @@ def _upload(job: Job, comfyui: ComfyUI, output: Output, preview: str) -> JobErro
     # the rest: what boto3 trips over in answers that are no S3's, and in redirects without end
     except (BotoCoreError, ClientError, LookupError, RuntimeError, TypeError, ValueError) as error:
         output["upload_error"] = _without_keys(str(error), job.settings)
-        return JobError(502, "upload_failed", f"S3 did not take {output['filename']}: {output['upload_error']}")
+        message = f"S3 did not take {output['filename']}: {output['upload_error']}"
+        raise JobError(502, "upload_failed", message) from None
     output["url"] = client.generate_presigned_url("get_object", where, job.settings.s3_url_expires)
     output.pop("upload_error", None)  # of a try before this one
-    return None
 
 
 def s3_client(settings: Settings) -> Any:
     """A boto3 client for the settings' S3; 400 where none can be made."""
     names = ("access_key_id", "secret_access_key", "endpoint_url", "region", "connect_timeout", "connect_attempts")
-    try:
-        return _s3_client(*(getattr(settings, f"s3_{name}") or None for name in names))
-    except ImportError:  # not every worker needs S3
-        raise invalid("this worker cannot use S3: its operator has to pip install boto3") from None
-    except ValueError as error:
-        raise invalid(f"the S3 settings cannot be used: {_without_keys(str(error), settings)}") from None
+    return _s3_client(*(getattr(settings, f"s3_{name}") or None for name in names))
 
 
 @functools.lru_cache(maxsize=32)  # making a client takes 100 ms; threads can share it
-def _s3_client(
-    key: str | None, secret: str | None, endpoint: str | None, region: str | None, timeout: float, attempts: int
-) -> Any:
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError
-
+def _s3_client(key: Any, secret: Any, endpoint: Any, region: Any, timeout: float, attempts: int) -> Any:
+    try:
+        import boto3
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+    except ImportError:  # not every worker needs S3
+        raise invalid("this worker cannot use S3: its operator has to pip install boto3") from None
     config = Config(
         signature_version="s3v4",
         # with "auto", AWS' presigned URLs lead to us-east-1, whatever the region
@@ -1287,16 +1272,15 @@ def _s3_client(
         read_timeout=timeout,
         retries={"mode": "standard", "total_max_attempts": attempts},
     )
+    region = region or ("us-east-1" if endpoint else None)
     try:
         session = boto3.Session(key, secret)
-        client = session.client(
-            "s3", region or ("us-east-1" if endpoint else None), endpoint_url=endpoint, config=config
-        )
+        client = session.client("s3", region, endpoint_url=endpoint, config=config)
         if session.get_credentials():
             return client
-    except BotoCoreError as error:
-        raise ValueError(str(error)) from None
-    raise ValueError("there are no keys: give s3.access_key_id and s3.secret_access_key, or set them as variables")
+    except (BotoCoreError, ValueError) as error:
+        raise invalid(f"the S3 settings cannot be used: {error}") from None
+    raise invalid("there are no keys for S3: give s3.access_key_id and s3.secret_access_key, or set them as variables")
 
 
 def _without_keys(text: str, settings: Settings) -> str:
@@ -1540,15 +1524,16 @@ class Worker:
             s3_client(job.settings)
         if job.modifier:
             self._build(job)
-        inputs = [(node, name, value) for node in job.workflow.values() for name, value in node["inputs"].items()]
-        found = [each for each in inputs if isinstance(each[2], str) and SOURCE.match(each[2])]
-        named = [(node, name, value) for node, name, value in found if self.comfyui.is_file(node["class_type"], name)]
-        sources = list(dict.fromkeys(value for _, _, value in named))
-        files = dict(zip(sources, at_once(functools.partial(self._bring_input, job), sources), strict=True))
-        for node, name, value in named:
-            node["inputs"][name] = files[value]
+        places: dict[str, list[tuple[dict[str, Any], str]]] = {}
+        for node in job.workflow.values():
+            for name, value in node["inputs"].items():
+                if isinstance(value, str) and SOURCE.match(value) and self.comfyui.is_file(node["class_type"], name):
+                    places.setdefault(value, []).append((node["inputs"], name))
+        for source, stored in zip(places, at_once(self._bring_input, list(places)), strict=True):
+            for inputs, name in places[source]:
+                inputs[name] = stored
 
-    def _bring_input(self, job: Job, source: str) -> str:
+    def _bring_input(self, source: str) -> str:
         file, name = fetch(source, self.settings.max_input_bytes, not self.settings.allow_private_addresses)
         try:
             with file:
@@ -1726,12 +1711,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     wbufsize = 1 << 16  # headers and a small body in one write
     owes_body = False
 
-    def __getattr__(self, name: str) -> Callable[[], None]:
-        # http.server looks for do_METHOD; all of them come here, so that an unknown one is answered like any other
-        if name.startswith("do_"):
-            return self._handle
-        raise AttributeError(name)
-
     def _handle(self) -> None:
         # a head that http.server half understands hides where the next request begins; other defects are of the body
         defects = [each for each in self.headers.defects if "Header" in type(each).__name__]
@@ -1747,6 +1726,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._answer(error.status, envelope(Job(), error))
         finally:
             self.server.worker.begin(-1)
+
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        # http.server looks for do_METHOD; all of them come here, so that an unknown one is answered like any other
+        if name.startswith("do_"):
+            return self._handle
+        raise AttributeError(name)
 
     def _route(self) -> None:
         worker = self.server.worker

@@ -1885,7 +1885,8 @@ def test_jobs_run_one_at_a_time_in_the_order_they_came(worker: Worker, comfyui_u
     for number in range(5):
         jobs.append(in_background(worker.post, {"request_id": f"job{number}", "workflow_json": long_job(30)}))
         wait_for("it is in the line", functools.partial(in_line, worker, number))
-        assert len(fetch(f"{comfyui_url}/queue").json["queue_pending"]) == 0, "ComfyUI is given one prompt at a time"
+        queue = fetch(f"{comfyui_url}/queue").json
+        assert len(queue["queue_running"] + queue["queue_pending"]) <= 1, "ComfyUI is given one prompt at a time"
     ended = [job.result(120).json["timings"]["completed_at_ms"] for job in jobs]
     assert ended == sorted(ended)
 
