@@ -488,7 +488,7 @@ MAGIC = re.compile(  # what the formats that ComfyUI loads begin with, by their 
     re.DOTALL,
 )
 V6_PUBLIC = ipaddress.IPv6Network("2000::/3")  # all that IANA has given out; what embeds IPv4 elsewhere is left out
-V6_SPECIAL = [ipaddress.IPv6Network(each) for each in ("2001::/23", "2002::/16")]  # tunnels to any IPv4, and others
+V6_SPECIAL = [ipaddress.IPv6Network(each) for each in ("2001::/23", "2002::/16", "3fff::/20")]
 V4_SPECIAL = [ipaddress.IPv4Network(each) for each in ("192.0.0.0/24", "192.88.99.0/24", "224.0.0.0/4")]
 
 
@@ -620,7 +620,8 @@ def fetch(source: str, limit: int, is_public_only: bool) -> tuple[BinaryIO, str]
 
     Raises JobError: input_unavailable, also above `limit` bytes.
     """
-    file, digest, shown = tempfile.TemporaryFile(), hashlib.sha256(), source.partition("?")[0]  # noqa: SIM115
+    file, digest = tempfile.TemporaryFile(), hashlib.sha256()  # noqa: SIM115
+    shown = re.sub("//[^/]*@", "//", re.split("[?,]", source)[0])  # without passwords, signatures and data
     try:
         with _open(source, is_public_only) as answer:
             for chunk in iter(lambda: answer.read(CHUNK_BYTES), b""):
@@ -966,14 +967,14 @@ class ComfyUI:
         """Puts the file into ComfyUI's input folder, and returns its name there; 400 if it is too large."""
         size = file.seek(0, os.SEEK_END)
         features = self._exchange("/features")[1]  # older ones have none, and answer 413 at the end
-        limit = features.get("max_upload_size", size) if isinstance(features, dict) else size
+        limit = features.get("max_upload_size", float("inf")) if isinstance(features, dict) else float("inf")
         file.seek(0)
         part = f'Content-Disposition: form-data; name="image"; filename="{name}"\r\nContent-Type: {BYTES}'
         head, tail = f"--{name}\r\n{part}\r\n\r\n".encode(), f"\r\n--{name}--\r\n".encode()
         total = len(head) + size + len(tail)
         headers = {"Content-Type": f"multipart/form-data; boundary={name}", "Content-Length": str(total)}
         pieces = itertools.chain([head], iter(lambda: file.read(CHUNK_BYTES), b""), [tail])
-        if size <= limit:
+        if total <= limit:
             with (
                 request(f"{self.url}/upload/image", HTTP_SECONDS, pieces, headers, self._kept) as answer,
                 understanding(),
