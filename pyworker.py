@@ -7,33 +7,38 @@
 
     POST /generate/sync   runs one ComfyUI workflow and answers when its outputs are delivered
     GET  /health          tells the platform whether the worker is in order
+    GET  /metrics         tells Prometheus what it has done
 
-A request becomes a `Job`, waits in the `Line` for the one GPU, runs in ComfyUI, and its outputs are delivered into the
-answer, into S3 and to a webhook. ComfyUI is spoken to over HTTP; one websocket connection, kept for the worker's life
-and always drained, tells when a prompt ends. What ComfyUI's history says is authoritative: the websocket only says when
-to look. When the connection is lost, history and queue are looked up until the prompt has ended, and a prompt that
-ComfyUI lost with it is sent again, once.
+A request becomes a `Job`. The files that its workflow names are fetched, it waits in the `Line` for the one GPU, runs
+in ComfyUI, and its outputs are delivered into the answer, into S3 and to a webhook. ComfyUI is spoken to over HTTP; one
+websocket connection, kept for the worker's life and always drained, tells when a prompt ends. What ComfyUI's history
+says is authoritative: the websocket only says when to look. When the connection is lost, history and queue are looked
+up until the prompt has ended, and a prompt that ComfyUI lost with it is sent again, once.
 
 Each HTTP connection has a thread; one lock around submit-to-finished keeps the GPU to one job, and everything else
-(checking, uploading, webhooks) runs outside it. MIT licence.
+(checking, fetching, uploading, webhooks) runs outside it. MIT licence.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import collections
+import concurrent.futures
 import contextlib
 import fnmatch
 import functools
+import hashlib
 import hmac
 import http.client
 import http.server
-import importlib
 import io
+import ipaddress
+import itertools
 import json
 import logging
+import mimetypes
 import os
-import pathlib
 import queue
 import random
 import re
@@ -43,18 +48,20 @@ import signal
 import socket
 import socketserver
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
+import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, BinaryIO
 
 try:
     import websocket
 except ImportError:
-    sys.exit("pyworker: the package websocket-client is missing; install it with: pip install websocket-client")
+    sys.exit("WORKER_ERROR: the package websocket-client is missing; install it with: pip install websocket-client")
 
 __version__ = "1.0.0"
 COST = 100  # of each request: the static figure that an autoscaler is given
@@ -65,14 +72,13 @@ Graph = dict[str, dict[str, Any]]  # ComfyUI's API format: node id -> {"class_ty
 Output = dict[str, Any]  # one entry of an answer's "output"
 Message = dict[str, Any]  # one websocket message: {"type": …, "data": {…}}
 
-# What a connection that cannot be made, or breaks, raises in urllib, http.client and socket alike.
+# What a connection that cannot be made, or breaks, raises in http.client and socket alike.
 CONNECTION_LOST = (OSError, http.client.HTTPException)
 
 
 # Settings #############################################################################################################
 
 Reader = Callable[[Any], Any]  # checks one value and returns what it means; its ValueError says what it has to be
-
 
 BLANK: tuple[Any, ...] = ("", {}, None)  # what templates leave in a field that is not filled in
 
@@ -99,7 +105,7 @@ def matching(pattern: str, words: str) -> Reader:
     return reader(words, lambda value: isinstance(value, str) and re.fullmatch(pattern, value))
 
 
-def read_fields(given: Mapping[str, Any], readers: Mapping[str, Reader], prefix: str = "") -> dict[str, Any]:
+def read_fields(given: Mapping[str, Any], readers: Mapping[str, Reader]) -> dict[str, Any]:
     """What each reader makes of its field; blank fields count as absent. ValueError names the field at fault."""
     values = {}
     for name, read in readers.items():
@@ -107,7 +113,7 @@ def read_fields(given: Mapping[str, Any], readers: Mapping[str, Reader], prefix:
             if given.get(name) not in BLANK:
                 values[name] = read(given[name])
         except ValueError as error:
-            raise ValueError(f"{prefix}{name} {error}") from None
+            raise ValueError(f"{name} {error}") from None
     return values
 
 
@@ -129,14 +135,12 @@ def read_signing_key(secret: Any) -> bytes:
     raise ValueError("has to be 'whsec_' and base64, as the Standard Webhooks specification has it")
 
 
+URL_WORDS = "an http:// or https:// URL in plain ASCII, without a password, such as http://127.0.0.1:8188/path"
 read_text = matching(r"(?s:.*)", "a string")
 read_plain = matching(r"[!-~]+", "a string in plain ASCII, without spaces")
 read_flag = reader("true or false", lambda value: isinstance(value, bool))
 read_object = reader("an object", lambda value: isinstance(value, dict))
-read_url = reader(
-    "an http:// or https:// URL in plain ASCII, without a password, such as http://127.0.0.1:8188 or https://example.com/path",
-    is_url,
-)
+read_url = reader(URL_WORDS, is_url)
 read_count = number(0, 2**53, int)  # beyond, JSON's numbers are no longer exact
 read_seconds = number(0, 10**7, int, float)  # 115 days: threads cannot wait much longer
 read_timeout = number(0.001, 3600, int, float)
@@ -158,6 +162,7 @@ class Settings:
     auth_token: str = _setting("", read_plain, "what clients have to send as 'Authorization: Bearer <token>'")
     max_queue_size: int = _setting(100, read_count, "jobs that may wait for the GPU; the next one gets 503")
     max_body_bytes: int = _setting(64 << 20, read_count, "largest request body")
+    max_input_bytes: int = _setting(100 << 20, read_count, "largest file that a workflow may name by its URL")
     output_base64_max_bytes: int = _setting(64 << 20, read_count, "largest file that an answer carries as base64")
     job_timeout: float = _setting(0.0, read_seconds, "seconds that a job may take on the GPU; 0: no limit")
     shutdown_grace: float = _setting(300.0, read_seconds, "seconds that SIGTERM leaves a running job and webhooks")
@@ -173,10 +178,11 @@ class Settings:
     webhook_url: str = _setting("", read_url, "gets a POST for every job that ends")
     webhook_timeout: float = _setting(30.0, read_timeout, "seconds until a webhook's receiver counts as silent")
     webhook_secret: bytes = _setting(b"", read_signing_key, "signs what goes to WEBHOOK_URL: whsec_ and base64")
+    workflow_file: str = _setting("", read_text, "the workflow of RawWorkflow, in API format")
+    workflows_dir: str = _setting("", read_text, "folder of workflows; each is a modifier under its file's name")
     default_checkpoint: str = _setting("", read_text, "Text2Image's checkpoint; empty: the first that ComfyUI lists")
-    workflow_file: str = _setting("", read_text, "RawWorkflow's graph, a file in API format; empty: Text2Image's")
-    workflows_dir: str = _setting("", read_text, "folder whose *.json files (API format) are modifiers by name")
     include_comfyui_response: bool = _setting(False, read_flag, "put ComfyUI's history entry into every answer")
+    allow_private_addresses: bool = _setting(False, read_flag, "let URLs in requests lead to private addresses")
     comfy_org_api_key: str = _setting("", read_plain, "passed on to ComfyUI for its partner nodes")
 
     @classmethod
@@ -236,7 +242,7 @@ def not_ready(state: str) -> JobError:
 RANDOM_INT = "__RANDOM_INT__"
 MAX_JSON_VALUES = 10**6  # graphs have some thousands; 64 MiB of "[],[],[]" would take 3 GB and half a minute
 MAX_JSON_DEPTH = 100  # ComfyUI's own graphs nest 5 deep; deeper ones only serve to exhaust the stack
-EVENT_STREAM, JSON = "text/event-stream", "application/json"
+EVENT_STREAM, JSON, BYTES = "text/event-stream", "application/json", "application/octet-stream"
 TIMINGS = ("queue_ms", "preprocess_ms", "generation_ms", "postprocess_ms")
 
 
@@ -249,8 +255,9 @@ class Job:
     modifications: dict[str, Any] = field(default_factory=dict)
     workflow: Graph = field(default_factory=dict)  # empty until the modifier has built it
     settings: Settings = field(default_factory=Settings)  # the operator's, under what the request says of its own
+    chosen: set[str] = field(default_factory=set)  # the settings that the request changed
     extra_params: dict[str, Any] = field(default_factory=dict)  # of the webhook
-    as_base64: bool = False
+    return_outputs_as_base64: bool = False
     output_format: str = ""  # what still images are converted to: webp or jpeg
     output_quality: int = 90
     accept: str = ""  # the header; once the job is read, the media range that is to be answered with
@@ -266,7 +273,8 @@ class Job:
     was_accepted: bool = False  # its request was in order and it found a place in the queue: its webhook is owed
     entry: dict[str, Any] = field(default_factory=dict)  # of ComfyUI's history
     outputs: list[Output] = field(default_factory=list)
-    chosen: Output | None = None  # the file whose bytes are the answer
+    answer_file: Output | None = None  # whose bytes are the answer
+    patience_ends: float = 0.0  # when a ComfyUI that is away is no longer waited for
     warnings: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager
@@ -287,6 +295,15 @@ class Job:
     def is_async(self) -> bool:
         """Whether the answer is to come before the job has run (RFC 7240)."""
         return any(each.partition(";")[0].strip() == "respond-async" for each in self.prefer.lower().split(","))
+
+    @property
+    def files(self) -> list[Output]:
+        """The outputs that are files."""
+        return [output for output in self.outputs if "filename" in output]
+
+    def distrusts(self, setting: str) -> bool:
+        """Whether that setting, a URL, came with the request and may lead to public addresses only."""
+        return setting in self.chosen and not self.settings.allow_private_addresses
 
     def stop(self, error: JobError) -> None:
         """Ends a waiting or running job with that error; a running prompt is interrupted."""
@@ -311,7 +328,7 @@ def parse_request(body: bytes) -> dict[str, Any]:
         raise invalid(f"the body has more than {MAX_JSON_VALUES} values")
     try:
         value = json.loads(body, parse_constant=_finite, parse_float=_finite)
-        _check([value], MAX_JSON_DEPTH)
+        json.dumps(change_text(value, str, MAX_JSON_DEPTH), ensure_ascii=False).encode()  # halves of surrogate pairs
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise invalid(f"the body is not JSON that can be read: {error}") from None
     if isinstance(value, dict) and isinstance(value.get("payload"), dict):
@@ -327,21 +344,25 @@ def _finite(text: str) -> float:
     return float(text)
 
 
-def _check(value: Any, left: int) -> None:
-    """Refuses what JSON allows and nobody can pass on: endless nesting, halves of surrogate pairs."""
-    if not left:
+def change_text(value: Any, change: Callable[[str], Any], depth: int = 2 * MAX_JSON_DEPTH) -> Any:
+    """A copy of the JSON value with what `change` makes of each text in it; RecursionError where it nests deeper."""
+    if not depth:
         raise RecursionError(f"it is nested more than {MAX_JSON_DEPTH} deep")
-    if isinstance(value, str):
-        value.encode()
-        return
-    for each in (*value, *value.values()) if isinstance(value, dict) else value:
-        if isinstance(each, (str, dict, list)):  # a list may have millions of the others
-            _check(each, left - 1)
+    if isinstance(value, dict):
+        return {name: change_text(each, change, depth - 1) for name, each in value.items()}
+    if isinstance(value, list):
+        return [change_text(each, change, depth - 1) for each in value]
+    return change(value) if isinstance(value, str) else value
 
 
-read_request_id = matching(  # it becomes a part of an S3 key
-    r"(?!\.)[A-Za-z0-9._-]{1,128}", "a string of 1 to 128 characters out of A-Z a-z 0-9 . _ - and not start with a dot"
-)
+def fill_random(value: Any) -> Any:
+    """A copy of the value, its placeholders replaced by fresh integers in 0 … 2³²-1, as text where they are in text."""
+
+    def fill(text: str) -> str | int:
+        whole = text == RANDOM_INT
+        return random.getrandbits(32) if whole else re.sub(RANDOM_INT, lambda _: str(random.getrandbits(32)), text)
+
+    return change_text(value, fill)
 
 
 def read_graph(graph: Any) -> Graph:
@@ -359,86 +380,79 @@ def read_graph(graph: Any) -> Graph:
     return {node_id: fill_random(node) for node_id, node in graph.items()}
 
 
-def change_text(value: Any, change: Callable[[str], Any]) -> Any:
-    """A copy of the JSON value with what `change` makes of each text in it."""
-    if isinstance(value, dict):
-        return {name: change_text(each, change) for name, each in value.items()}
-    if isinstance(value, list):
-        return [change_text(each, change) for each in value]
-    return change(value) if isinstance(value, str) else value
-
-
-def fill_random(value: Any) -> Any:
-    """A copy of the value, its placeholders replaced by fresh integers in 0 … 2³²-1, as text where they are in text."""
-
-    def fill(text: str) -> str | int:
-        return (
-            random.getrandbits(32)
-            if text == RANDOM_INT
-            else re.sub(RANDOM_INT, lambda _: str(random.getrandbits(32)), text)
-        )
-
-    return change_text(value, fill)
-
-
-INPUT_FIELDS: dict[str, Reader] = {
-    "request_id": read_request_id,
+REQUEST_ID_WORDS = "a string of 1 to 128 characters out of A-Z a-z 0-9 . _ - and not start with a dot"
+BUCKET_WORDS = "the name of a bucket, 3 to 255 of A-Z a-z 0-9 . _ -"  # an ARN would choose another endpoint
+GROUPS = {"s3": read_object, "webhook": read_object}
+OVERRIDES = {  # field of a request: the setting that it is over
+    **{
+        f"s3.{name}": f"s3_{name}"
+        for name in ("access_key_id", "secret_access_key", "endpoint_url", "bucket_name", "region")
+    },
+    **{f"webhook.{name}": f"webhook_{name}" for name in ("url", "timeout", "secret")},
+    "comfy_org_api_key": "comfy_org_api_key",
+}
+FIELDS: dict[str, Reader] = {  # of a request's input
+    "request_id": matching(r"(?!\.)[A-Za-z0-9._-]{1,128}", REQUEST_ID_WORDS),  # it becomes a part of an S3 key
     "modifier": read_text,
     "modifications": lambda value: fill_random(read_object(value)),
     "workflow_json": read_graph,
-    "s3": read_object,
-    "webhook": read_object,
+    "webhook.extra_params": read_object,
     "return_outputs_as_base64": read_flag,
-    "comfy_org_api_key": read_plain,
     "output_format": matching("webp|jpeg", "webp or jpeg"),
     "output_quality": number(1, 100, int),
     "accept": read_text,
     "prefer": read_text,
+    **{name: Settings.__dataclass_fields__[setting].metadata["read"] for name, setting in OVERRIDES.items()},
+    "s3.bucket_name": matching(r"[A-Za-z0-9._-]{3,255}", BUCKET_WORDS),
 }
-S3_FIELDS = {
-    **dict.fromkeys(("access_key_id", "secret_access_key", "region"), read_plain),
-    "bucket_name": matching(
-        r"[A-Za-z0-9._-]{3,255}", "the name of a bucket, 3 to 255 of A-Z a-z 0-9 . _ -"
-    ),  # an ARN would choose another endpoint
-    "endpoint_url": read_url,
-}
-WEBHOOK_FIELDS = {"url": read_url, "extra_params": read_object, "secret": read_signing_key, "timeout": read_timeout}
 
 
 def read_job(job: Job, request: dict[str, Any]) -> None:
     """Fills the job with what the request asks for, request over environment; 400 where a rule is broken."""
-    job.request_id, given = str(uuid.uuid4()), request["input"]
+    given, job.request_id = dict(request["input"]), str(uuid.uuid4())
     try:
-        job.request_id = read_fields(given, {"request_id": read_request_id}).get("request_id", job.request_id)
-        known = read_fields(given, INPUT_FIELDS)
-        s3 = read_fields(known.get("s3", {}), S3_FIELDS, "s3.")
-        webhook = read_fields(known.get("webhook", {}), WEBHOOK_FIELDS, "webhook.")
+        vars(job).update(read_fields(given, {"request_id": FIELDS["request_id"]}))  # a refusal has it already
+        for group, inner in read_fields(given, GROUPS).items():
+            given |= {f"{group}.{name}": value for name, value in inner.items()}
+        known = read_fields(given, FIELDS)
     except ValueError as error:
         raise invalid(str(error)) from None
-    levels = ("", given, known), ("s3.", known.get("s3", {}), s3), ("webhook.", known.get("webhook", {}), webhook)
-    unread = [prefix + name for prefix, raw, read in levels for name in raw.keys() - read if raw[name] not in BLANK]
-    beside = [f"{name}, beside input," for name in request if name in INPUT_FIELDS]
-    job.warnings = [f"{name:.50} is no field of a request; it was ignored" for name in sorted(unread) + beside]
+    unknown = [name for name in given if given[name] not in BLANK and name not in FIELDS and name not in GROUPS]
+    beside = [f"{name}, beside input," for name in request if name in FIELDS or name in GROUPS]
+    job.warnings = [f"{name:.50} is no field of a request; it was ignored" for name in sorted(unknown) + beside]
     if ("modifier" in known) == ("workflow_json" in known):
-        given_are = "both" if "modifier" in known else "neither"
-        unknown = f"; unknown: {', '.join(unread[:5]):.200}" if unread else ""
-        raise invalid(f"give exactly one of modifier and workflow_json in input, not {given_are}{unknown}")
+        given_are = "both" if "modifier" in known else f"neither; unknown: {', '.join(unknown[:5]) or 'nothing':.200}"
+        raise invalid(f"give exactly one of modifier and workflow_json in input, not {given_are}")
     if "modifications" in known and "modifier" not in known:
         raise invalid("modifications go with a modifier; with workflow_json, put the values into the workflow itself")
-    job.modifier, job.modifications = known.get("modifier", ""), known.get("modifications", {})
-    job.workflow = known.get("workflow_json", {})
-    job.extra_params = webhook.pop("extra_params", {})
-    job.settings = _override(job.settings, s3, webhook, known.get("comfy_org_api_key"))
-    job.accept = media_range(known.get("accept", job.accept))
-    job.prefer = known.get("prefer", job.prefer)
-    if job.is_async and not job.settings.webhook_url:
-        raise invalid("Prefer: respond-async needs a webhook: give webhook.url, or set WEBHOOK_URL")
-    job.output_format, job.output_quality = known.get("output_format", ""), known.get("output_quality", 90)
+    _override(job, {OVERRIDES[name]: known.pop(name) for name in OVERRIDES if name in known})
+    job.workflow, job.extra_params = known.pop("workflow_json", {}), known.pop("webhook.extra_params", {})
+    job.return_outputs_as_base64 = not job.settings.s3_bucket_name
+    vars(job).update(known)
+    job.accept = media_range(job.accept)
     if job.accept != EVENT_STREAM:
         job.on_event = None
-    job.as_base64 = known.get("return_outputs_as_base64", not job.settings.s3_bucket_name)
-    if (webhook or job.extra_params) and not job.settings.webhook_url:
+    if not job.settings.webhook_url and job.is_async:
+        raise invalid("Prefer: respond-async needs a webhook: give webhook.url, or set WEBHOOK_URL")
+    if not job.settings.webhook_url and (job.extra_params or {"webhook_timeout", "webhook_secret"} & job.chosen):
         job.warnings.append("no webhook is sent: neither webhook.url nor WEBHOOK_URL is set")
+
+
+def _override(job: Job, own: dict[str, Any]) -> None:
+    """Request over environment, field by field, except that keys come in pairs and secrets stay with their server."""
+    settings = job.settings
+    job.chosen = {name for name, value in own.items() if value != getattr(settings, name)}
+    if ("s3_access_key_id" in own) != ("s3_secret_access_key" in own):
+        raise invalid("s3.access_key_id and s3.secret_access_key come in pairs: give both or neither")
+    if "webhook_url" in job.chosen:
+        own = {"webhook_secret": b"", **own}
+    job.settings = replace(settings, **own)
+    if any(name.startswith("s3_") for name in own) and not job.settings.s3_bucket_name:
+        raise invalid("s3 needs a bucket: give s3.bucket_name, or set S3_BUCKET_NAME")
+    if "s3_access_key_id" not in own and "s3_endpoint_url" in job.chosen:
+        raise invalid("s3.endpoint_url needs its own s3.access_key_id and s3.secret_access_key")
+    if "s3_bucket_name" in job.chosen and not job.settings.s3_access_key_id:
+        raise invalid("s3.bucket_name needs s3.access_key_id and s3.secret_access_key: this worker has no keys for it")
 
 
 def media_range(accept: str) -> str:
@@ -447,30 +461,9 @@ def media_range(accept: str) -> str:
         name = each.partition(";")[0].strip()
         if name in ("*/*", JSON):
             break
-        if name in (EVENT_STREAM, "application/octet-stream") or re.fullmatch(r"(image|video|audio)/[\w.+*-]+", name):
+        if name in (EVENT_STREAM, BYTES) or re.fullmatch(r"(image|video|audio)/[\w.+*-]+", name):
             return name
     return JSON
-
-
-def _override(
-    settings: Settings, s3: dict[str, Any], webhook: dict[str, Any], comfy_org_api_key: str | None
-) -> Settings:
-    """Request over environment, field by field, except that keys come in pairs and secrets stay with their server."""
-    if ("access_key_id" in s3) != ("secret_access_key" in s3):
-        raise invalid("s3.access_key_id and s3.secret_access_key come in pairs: give both or neither")
-    if webhook.get("url", settings.webhook_url) != settings.webhook_url:
-        webhook = {"secret": b"", **webhook}
-    own = {f"s3_{name}": value for name, value in s3.items()}
-    own |= {f"webhook_{name}": value for name, value in webhook.items()}
-    own |= {"comfy_org_api_key": comfy_org_api_key} if comfy_org_api_key else {}
-    mixed = replace(settings, **own)
-    if s3 and not mixed.s3_bucket_name:
-        raise invalid("s3 needs a bucket: give s3.bucket_name, or set S3_BUCKET_NAME")
-    if "access_key_id" not in s3 and mixed.s3_endpoint_url.rstrip("/") != settings.s3_endpoint_url.rstrip("/"):
-        raise invalid("s3.endpoint_url needs its own s3.access_key_id and s3.secret_access_key")
-    if not mixed.s3_access_key_id and mixed.s3_bucket_name != settings.s3_bucket_name:
-        raise invalid("s3.bucket_name needs s3.access_key_id and s3.secret_access_key: this worker has no keys for it")
-    return mixed
 
 
 def seeds(graph: Graph) -> dict[str, int]:
@@ -479,10 +472,63 @@ def seeds(graph: Graph) -> dict[str, int]:
     return {id: seed for id, seed in found.items() if isinstance(seed, int)}
 
 
-# Addresses ############################################################################################################
+# Addresses and inputs #################################################################################################
 
-
+CHUNK_BYTES = 1 << 16
 KEEP_SECONDS = 30  # ComfyUI closes a connection that has been idle for 75
+INPUT_SECONDS = 60  # without a byte of an input file
+MAX_REDIRECTS = 5
+AT_ONCE = 4  # files of one job on their way
+SOURCE = re.compile(r"(?i)https?://|data:")  # what an input that names a file begins with, if it is to be fetched
+MAGIC = re.compile(  # what the formats that ComfyUI loads begin with, by their extension
+    rb"(?P<png>\x89PNG)|(?P<jpg>\xff\xd8\xff)|(?P<gif>GIF8)|(?P<bmp>BM.{4}\0{4})|(?P<tiff>II\*\0|MM\0\*)"
+    rb"|(?P<webp>RIFF.{4}WEBP)|(?P<wav>RIFF.{4}WAVE)|(?P<avi>RIFF.{4}AVI )|(?P<avif>.{4}ftypavi)|(?P<mov>.{4}ftypqt)"
+    rb"|(?P<m4a>.{4}ftypM4A)|(?P<mp4>.{4}ftyp)|(?P<webm>\x1aE\xdf\xa3)|(?P<flac>fLaC)|(?P<ogg>OggS)"
+    rb"|(?P<mp3>ID3|\xff[\xfb\xf3\xf2])|(?P<glb>glTF)",
+    re.DOTALL,
+)
+V6_PUBLIC = ipaddress.IPv6Network("2000::/3")  # all that IANA has given out; what embeds IPv4 elsewhere is left out
+V6_SPECIAL = [ipaddress.IPv6Network(each) for each in ("2001::/23", "2002::/16", "3fff::/20")]
+V4_SPECIAL = [ipaddress.IPv4Network(each) for each in ("192.0.0.0/24", "192.88.99.0/24", "224.0.0.0/4")]
+
+
+def is_public(address: str) -> bool:
+    """Whether the IP address is one of the public Internet; `is_global` alone lets special ones through."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        return ip.is_global and ip in V6_PUBLIC and not any(ip in each for each in V6_SPECIAL)
+    return ip.is_global and not any(ip in each for each in V4_SPECIAL)
+
+
+def public_places(host: str, port: int) -> list[Any]:
+    """The socket addresses of the host; PermissionError where one of them is not public."""
+    places = [each[4] for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    for place in places:
+        if not is_public(str(place[0])):
+            raise PermissionError(
+                f"{host} leads to {place[0]}, and URLs in requests may lead to public addresses only"
+                " (the operator can lift this with ALLOW_PRIVATE_ADDRESSES=true)"
+            )
+    return places
+
+
+def check_public(name: str, url: str) -> None:
+    """400 where the URL leads to an address that is not public; a name that does not resolve may do so later."""
+    parts = urllib.parse.urlsplit(url)
+    try:
+        public_places(parts.hostname or "", parts.port or 443)
+    except PermissionError as error:
+        raise invalid(f"{name}: {error}") from None
+    except (OSError, UnicodeError):
+        pass
+
+
+def _connect_publicly(address: tuple[str, int], timeout: float, *_: Any) -> socket.socket:
+    """As socket.create_connection, to what was checked: a second look-up could lead elsewhere."""
+    for place in public_places(*address):
+        with contextlib.suppress(OSError):
+            return socket.create_connection(place[:2], timeout)
+    raise ConnectionError(f"{address[0]} does not answer")
 
 
 class WholeResponse(http.client.HTTPResponse):
@@ -496,12 +542,14 @@ class WholeResponse(http.client.HTTPResponse):
         return chunk
 
 
-def connect(url: str, seconds: float) -> http.client.HTTPConnection:
+def connect(url: str, seconds: float, is_public_only: bool = False) -> http.client.HTTPConnection:
     """A connection to the URL's server, made directly, whatever proxy the environment names; raises CONNECTION_LOST."""
     parts = urllib.parse.urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=seconds)
     connection.response_class = WholeResponse
+    if is_public_only:
+        connection._create_connection = _connect_publicly  # type: ignore[attr-defined]  # TLS comes on top of it
     connection.connect()
     return connection
 
@@ -511,19 +559,25 @@ Kept = list[tuple[float, http.client.HTTPConnection]]  # connections to one serv
 
 @contextlib.contextmanager
 def request(
-    url: str, json: bytes | None, seconds: float, headers: Mapping[str, str], kept: Kept | None = None
+    url: str,
+    seconds: float,
+    body: bytes | Iterable[bytes] | None = None,
+    headers: Mapping[str, str] = {},
+    kept: Kept | None = None,
+    is_public_only: bool = False,
 ) -> Iterator[http.client.HTTPResponse]:
-    """The answer to a GET, or where there is JSON a POST, whatever its status; redirects are not followed.
+    """The answer to a GET, or where there is a body a POST, whatever its status; redirects are not followed.
 
-    `kept` lends a connection, if it has one, and gets it back: ComfyUI takes 0.2 ms to accept a new one.
+    body: JSON, or pieces of what the headers describe. `kept` lends a connection, if it has one, and gets it back:
+    ComfyUI takes 0.2 ms to accept a new one.
     """
     parts = urllib.parse.urlsplit(url)
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    body = None
-    if json is not None:  # sent in pieces: a time-out covers all that is sent at once
-        body = io.BytesIO(json)
-        headers = {**headers, "Content-Type": "application/json", "Content-Length": str(len(json))}
-    connection = _reuse(kept or [], seconds) or connect(url, seconds)
+    headers = {"User-Agent": f"ComfyUI-PyWorker/{__version__}", **headers}
+    if isinstance(body, bytes):  # sent in pieces: a time-out covers all that is sent at once
+        headers |= {"Content-Type": JSON, "Content-Length": str(len(body))}
+        body = io.BytesIO(body)
+    connection = _reuse(kept or [], seconds) or connect(url, seconds, is_public_only)
     with contextlib.ExitStack() as stack:
         stack.callback(connection.close)
         connection.request("GET" if body is None else "POST", path, body, headers)
@@ -543,6 +597,60 @@ def _reuse(kept: Kept, seconds: float) -> http.client.HTTPConnection | None:
     return None
 
 
+@contextlib.contextmanager
+def _open(source: str, is_public_only: bool) -> Iterator[Any]:
+    if source[:5].lower() == "data:":
+        yield urllib.request.DataHandler().data_open(urllib.request.Request(source))
+        return
+    for _ in range(MAX_REDIRECTS + 1):
+        if not is_url(source):
+            raise ValueError(f"it is not {URL_WORDS}")
+        with request(source, INPUT_SECONDS, is_public_only=is_public_only) as answer:
+            if answer.status not in (301, 302, 303, 307, 308):
+                if answer.status != 200:
+                    raise ValueError(f"its server answered with {answer.status}")
+                yield answer
+                return
+            source = urllib.parse.urljoin(source, answer.headers.get("Location", ""))
+    raise ValueError("it redirects too often")
+
+
+def fetch(source: str, limit: int, is_public_only: bool) -> tuple[BinaryIO, str]:
+    """The file behind an http(s) URL or a data: URI, on disk, and a name for it: its SHA-256 and an extension.
+
+    Raises JobError: input_unavailable, also above `limit` bytes.
+    """
+    file, digest = tempfile.TemporaryFile(), hashlib.sha256()  # noqa: SIM115
+    shown = re.sub("//[^/]*@", "//", re.split("[?,]", source)[0])  # without passwords, signatures and data
+    try:
+        with _open(source, is_public_only) as answer:
+            for chunk in iter(lambda: answer.read(CHUNK_BYTES), b""):
+                digest.update(chunk)
+                file.write(chunk)
+                if file.tell() > limit:
+                    raise ValueError(f"it has more than the {limit} bytes of MAX_INPUT_BYTES")
+            mimetype = answer.headers.get_content_type()
+    except (*CONNECTION_LOST, ValueError) as error:
+        raise invalid(f"the input {shown:.200} cannot be had: {error}", "input_unavailable") from None
+    file.seek(0)
+    return file, digest.hexdigest() + _extension(file.read(16), mimetype, shown)
+
+
+def _extension(head: bytes, mimetype: str, url: str) -> str:
+    if found := MAGIC.match(head):
+        return f".{found.lastgroup}"
+    told = mimetypes.guess_extension(mimetype) if mimetype != "application/octet-stream" else None
+    return told or "".join(re.findall(r"\.\w{1,12}$", url))
+
+
+def at_once(action: Callable[[Any], Any], items: list[Any]) -> list[Any]:
+    """What the action makes of each item, a few of them at a time; raises the error of the first that fails."""
+    if len(items) < 2:
+        return [action(each) for each in items]
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(action, items))
+
+
 # ComfyUI ##############################################################################################################
 
 OLDEST_COMFYUI = (0, 3, 45)  # July 2025: the first one that lets the caller choose the prompt id
@@ -558,6 +666,11 @@ FAULT = re.compile(  # the errors after which, in the words of CUDA's documentat
     r"(CUDA|HIP) error: (an illegal|device-side assert|unspecified launch|misaligned|invalid program counter|hardware"
     r"|the launch timed|uncorrectable|operation not supported on global)|.* error: \w+_EXECUTION_FAILED"
 )
+FILE = {"filename": "", "subfolder": "", "type": "output"}  # what names a file to ComfyUI, and the defaults
+HINTS = {  # by the type of ComfyUI's refusal
+    "prompt_no_outputs": "; add an output node that saves, such as SaveImage, and connect it",
+    "invalid_prompt": "; check the spelling, or install the custom nodes that bring it",
+}
 
 
 @contextlib.contextmanager
@@ -566,9 +679,12 @@ def understanding() -> Iterator[None]:
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise JobError(
-            502, "comfyui_error", f"ComfyUI answered with something that makes no sense: {error!r}"
-        ) from None
+        raise odd_answer(f"with something that makes no sense: {error!r}") from None
+
+
+def odd_answer(words: str) -> JobError:
+    """An answer of ComfyUI that no worker can use."""
+    return JobError(502, "comfyui_error", f"ComfyUI answered {words}; its log may say why")
 
 
 class ComfyUI:
@@ -578,6 +694,7 @@ class ComfyUI:
         self.settings = settings
         self.url = settings.comfyui_api_base.rstrip("/")
         self._about: dict[str, Any] = {"url": self.url, "version": None, "device": None, "vram_free": None}
+        self._are_files: dict[tuple[str, str], bool] = {}  # inputs of nodes, asked for once in ComfyUI's life
         self._kept: Kept = []
         self._socket: websocket.WebSocket | None = None
         self._client_id = ""  # of the websocket's connection; empty while there is none
@@ -595,27 +712,36 @@ class ComfyUI:
         if not self._was_up or self._fault:
             return "faulted" if self._fault else "starting"
         # a job that runs on a live websocket is proof enough
-        is_failing = self._failing_since and not (self._job and self._client_id)
-        return "unreachable" if is_failing and time.monotonic() - self._failing_since > FLAP_SECONDS else "ready"
+        return "unreachable" if self._away() > FLAP_SECONDS and not (self._job and self._client_id) else "ready"
+
+    @property
+    def is_beyond_hope(self) -> bool:
+        """Whether only a restart will help: its GPU is broken, or it has been away longer than any job waits for it."""
+        return bool(self._fault) or (self._was_up and self._away() > self.settings.comfyui_return_timeout)
+
+    def _away(self) -> float:
+        return time.monotonic() - self._failing_since if self._failing_since else 0
+
+    def _note(self, is_in_order: bool) -> None:
+        self._failing_since = 0 if is_in_order else self._failing_since or time.monotonic()
 
     def describe(self) -> dict[str, Any]:
         """url, version, device and vram_free (bytes), asked for once a second at most, for all who probe."""
         with self._probing:
-            if time.monotonic() - self._probed_at < PROBE_EVERY_SECONDS:
-                return self._about
-            try:
-                self._ask_about(PROBE_SECONDS)
-                self._failing_since = 0 if self._client_id and not self._fault else self._failing_since
-            except (*CONNECTION_LOST, JobError):
-                self._failing_since = self._failing_since or time.monotonic()
-            self._probed_at = time.monotonic()
+            if time.monotonic() - self._probed_at >= PROBE_EVERY_SECONDS:
+                try:
+                    self._ask_about(PROBE_SECONDS)
+                    self._note(bool(self._client_id and not self._fault))
+                except (*CONNECTION_LOST, JobError):
+                    self._note(False)
+                self._probed_at = time.monotonic()
         return self._about
 
+    @understanding()
     def _ask_about(self, seconds: float) -> None:
         stats = self._get("/system_stats", seconds)
-        with understanding():
-            version, device = stats["system"].get("comfyui_version"), stats["devices"][0]
-            about = {"version": version, "device": device.get("name"), "vram_free": device.get("vram_free")}
+        version, device = stats["system"].get("comfyui_version"), stats["devices"][0]
+        about = {"version": version, "device": device.get("name"), "vram_free": device.get("vram_free")}
         self._about = {"url": self.url, **about}
 
     def clear_cache(self) -> None:
@@ -627,19 +753,21 @@ class ComfyUI:
 
     def listen(self) -> None:
         """Keeps the websocket connected and drained, for ever."""
-        pause, trouble = threading.Event(), ""
+        pause, trouble, limit, is_given_up = threading.Event(), "", self.settings.comfyui_return_timeout, False
         while True:
             try:
                 self._follow()
             except Exception as error:  # whatever a server sends, somebody has to listen to the next one
+                verb = "lost the connection to" if self._client_id else "cannot reach"
                 if self._client_id or str(error) != trouble:
-                    log.warning(
-                        "%s ComfyUI: %s", "lost the connection to" if self._client_id else "cannot reach", error
-                    )
+                    log.warning("%s ComfyUI: %s", verb, error)
                 self._client_id, trouble = "", str(error)
                 self._kept.clear()
-                self._failing_since = self._failing_since or time.monotonic()
+                self._note(False)
                 self._tell_job("connection_lost")
+                if self.is_beyond_hope and not is_given_up:
+                    log.error("WORKER_ERROR: ComfyUI is not back in order after %g s", limit)
+                is_given_up = self.is_beyond_hope
             pause.wait(RECONNECT_SECONDS)  # nobody tells when a server comes up
 
     def _follow(self) -> None:
@@ -657,17 +785,18 @@ class ComfyUI:
         """Opens a connection with an id of its own: ComfyUI can silence a second one with the id of a lost first."""
         self._ask_about(HTTP_SECONDS)
         version, client_id = str(self._about["version"]), uuid.uuid4().hex
-        address = f"ws{self.url[4:]}/ws?clientId={client_id}"
         # websocket-client takes a proxy from the environment unless it is handed a connected socket
         raw = connect(self.url, HTTP_SECONDS).sock
+        address = f"ws{self.url[4:]}/ws?clientId={client_id}"
         made = websocket.create_connection(address, socket=raw, skip_utf8_validation=True, suppress_origin=True)
         made.recv()  # ComfyUI knows the client id once it has sent its first status
         made.settimeout(None)
         if self._fault and not self._get(f"/history/{self._fault}"):  # it has restarted
             self._fault = ""
         self._socket, self._client_id, self._was_up, self._failing_since = made, client_id, True, 0
+        self._are_files.clear()
         self._tell_job("connected")
-        log.info("connected to ComfyUI %s on %s at %s", version, self._about["device"], self.url)
+        log.info("WORKER_READY: connected to ComfyUI %s on %s at %s", version, self._about["device"], self.url)
         if [int(part) for part in re.findall(r"\d+", version)[:3]] < [*OLDEST_COMFYUI]:
             log.error("this ComfyUI is too old: update it to 0.3.45 or later, which lets a caller choose the prompt id")
         return made
@@ -678,8 +807,8 @@ class ComfyUI:
 
     # running a prompt
 
-    def run(self, job: Job) -> dict[str, Any]:
-        """Runs the job's workflow to its end, good or bad, and returns its history entry.
+    def run(self, job: Job) -> None:
+        """Runs the job's workflow to its end, good or bad; `read_history` then has what became of it.
 
         Raises JobError: workflow_rejected, timeout, cancelled, comfyui_lost, comfyui_error, or the error of `job.stop`.
         """
@@ -687,12 +816,11 @@ class ComfyUI:
         is_owed = False  # a prompt that ComfyUI may have and nobody will wait for
         try:
             for _ in range(2):
-                is_lost = self._submit(job)
+                client_id = self._submit(job)
                 is_owed = True
-                if entry := self._wait(job, is_lost):
+                if self._wait(job, client_id):
                     is_owed = False
-                    self._note_fault(job, failure(entry))
-                    return entry
+                    return
                 log.warning("job %s: ComfyUI has lost its prompt", job.request_id)
         finally:
             self._job = None
@@ -700,108 +828,122 @@ class ComfyUI:
                 self._stop_prompt(job)
         raise JobError(502, "comfyui_lost", "ComfyUI died twice under this job: it may be the job that kills it")
 
-    def _note_fault(self, job: Job, error: JobError | None) -> None:
-        if error and FAULT.match(error.details.get("exception_message", "")):
-            log.error("job %s has broken the GPU; nothing runs until ComfyUI restarts", job.request_id)
-            self._fault, self._failing_since = job.prompt_id, time.monotonic()
-
-    def _submit(self, job: Job) -> bool:
-        """Posts the prompt once a connection will hear of it and the GPU works; returns whether its answer was lost."""
-        while not self._client_id or self._fault:
-            job.next_message(self._patience())  # "connected", perhaps
+    def _submit(self, job: Job) -> str:
+        """Posts the prompt; returns the id of the client that will be told of it, none where the answer was lost."""
+        client_id = self.patiently(job, self._working_client)
         key = {"api_key_comfy_org": job.settings.comfy_org_api_key} if job.settings.comfy_org_api_key else {}
-        about = {"prompt_id": job.prompt_id, "client_id": self._client_id, "extra_data": key}
+        about = {"prompt_id": job.prompt_id, "client_id": client_id, "extra_data": key}
         try:
             status, answer = self._exchange("/prompt", {"prompt": job.workflow, **about})
         except CONNECTION_LOST:
-            return True
+            return ""
         with understanding():
             if status == 400:
                 raise self._rejection(answer["error"], answer.get("node_errors") or {}, job.workflow)
             if status != 200 or answer["prompt_id"] != job.prompt_id:
-                raise JobError(502, "comfyui_error", f"ComfyUI answered POST /prompt with {status}; see its log")
+                raise odd_answer(f"POST /prompt with {status}")
             if answer.get("node_errors"):
                 dropped = self._complaints(answer["node_errors"], job.workflow)
                 job.warnings.append(f"ComfyUI dropped the outputs that depend on invalid nodes: {dropped}")
-        return False
+        return str(client_id)
 
-    def _wait(self, job: Job, is_lost: bool) -> dict[str, Any] | None:
-        """The prompt's history entry once it has ended; None when ComfyUI lost the prompt with its connection."""
-        progress = Progress(job)
-        limit = self.settings.job_timeout or threading.TIMEOUT_MAX
-        deadline = time.monotonic() + limit if is_lost else float("inf")
+    def _working_client(self) -> str:
+        if not self._client_id or self._fault:
+            raise ConnectionError("its GPU is broken" if self._fault else "its websocket cannot be reached")
+        return self._client_id
+
+    def _wait(self, job: Job, client_id: str) -> bool:
+        """Whether the prompt has ended; False where ComfyUI lost it with its connection."""
+        progress, deadline = Progress(job), float("inf")
         while True:
-            if (left := deadline - time.monotonic()) <= 0:
-                raise JobError(504, "timeout", f"the job took more than the {limit:g} s of JOB_TIMEOUT")
-            message = job.next_message(min(left, LOOK_UP_SECONDS if is_lost else SILENCE_SECONDS))
+            is_told = client_id == self._client_id  # a connection that was lost takes its client's messages with it
+            pause = SILENCE_SECONDS if is_told else LOOK_UP_SECONDS
+            message = job.next_message(max(0, min(pause, deadline - time.monotonic())))
             kind, about = (message["type"], message["data"]) if message else ("silence", {})
-            is_lost = is_lost or kind == "connection_lost"
-            if kind in ("execution_start", "connection_lost"):
-                deadline = min(deadline, time.monotonic() + limit)
-            if job.on_event:
-                self._report(job, progress, kind, about)
-            # it sends "node": null once a prompt has ended and its history is written
-            is_end = kind == "executing" and about.get("node", "") is None
-            if not is_end and kind not in ("silence", "connection_lost", "connected"):
-                continue
-            try:
-                found = self._look_up(job.prompt_id)
-                self._failing_since = 0 if self._client_id else self._failing_since
-            except CONNECTION_LOST:
-                self._failing_since = self._failing_since or time.monotonic()
-                self._patience()
-                is_lost = found = True
-                deadline = time.monotonic() + limit  # its time on the GPU begins anew
-            if isinstance(found, dict):
-                if kind == "silence" and not is_lost and self._socket:
+            if deadline == float("inf") and (kind == "execution_start" or not is_told):
+                deadline = time.monotonic() + (self.settings.job_timeout or float("inf"))
+            self._heed(job, progress, kind, about)
+            if kind == "executing" and about.get("node", "") is None:
+                return True  # it sends this once a prompt has ended and its history is written
+            if kind in ("silence", "connection_lost", "connected"):
+                found = self.patiently(job, lambda: self._look_up(job))
+                if found == "lost" and client_id == self._client_id:
+                    raise JobError(499, "cancelled", "the job was deleted from ComfyUI's queue")
+                if found == "ended" and kind == "silence" and is_told and self._socket:
                     self._socket.abort()  # type: ignore[no-untyped-call]  # it did not tell: another one is opened
-                progress.end(found)
-                return found
-            if not found and not is_lost:
-                raise JobError(499, "cancelled", "the job was deleted from ComfyUI's queue")
-            if not found:
-                return None
+                if found != "queued":
+                    return bool(found == "ended")
+            if time.monotonic() > deadline:
+                limit = self.settings.job_timeout
+                raise JobError(504, "timeout", f"the job took more than the {limit:g} s of JOB_TIMEOUT")
 
     @understanding()
-    def _look_up(self, prompt_id: str) -> dict[str, Any] | bool:
-        """The prompt's history entry; else whether it is in the queue."""
+    def _look_up(self, job: Job) -> str:
+        """'ended', with its history in `job.entry`, 'queued' while the prompt is in ComfyUI's queue, else 'lost'."""
         for _ in range(2):  # it may end between the two questions
-            if entry := self._get(f"/history/{prompt_id}", LOOK_UP_TIMEOUT_SECONDS).get(prompt_id):
-                return dict(entry)
+            job.entry = self._get(f"/history/{job.prompt_id}", LOOK_UP_TIMEOUT_SECONDS).get(job.prompt_id) or {}
+            if job.entry:
+                error = failure(job.entry)
+                self._note_fault(job, error.details.get("exception_message", "") if error else "")
+                return "ended"
             queued = self._get("/queue", LOOK_UP_TIMEOUT_SECONDS)
-            if any(item[1] == prompt_id for items in queued.values() for item in items):
-                return True
-        return False
+            if any(item[1] == job.prompt_id for items in queued.values() for item in items):
+                return "queued"
+        return "lost"
 
-    def _report(self, job: Job, progress: Progress, kind: str, about: dict[str, Any]) -> None:
-        """Tells how far the job is; what cannot be told costs no job."""
+    def read_history(self, job: Job) -> None:
+        """Looks up, without the GPU, what has become of a job that has run; output_missing if ComfyUI forgot it."""
+        if not job.entry and self.patiently(job, lambda: self._look_up(job)) != "ended":
+            raise JobError(502, "output_missing", "ComfyUI died with the job's history")
+        if not failure(job.entry):
+            job.tell("progress", **dict.fromkeys(("node_id", "node_type", "value", "max")), percent=100.0)
+        if key := job.settings.comfy_org_api_key:  # partner nodes are given it, and may show it under any name
+            told = change_text(job.entry, lambda text: text.replace(key, "***"))
+            job.entry = {**told, "outputs": job.entry.get("outputs")}  # whose names have to stay
+
+    def _heed(self, job: Job, progress: Progress, kind: str, about: dict[str, Any]) -> None:
+        """Heeds what ComfyUI tells of a running job; what makes no sense costs no job."""
         with contextlib.suppress(JobError, *CONNECTION_LOST), understanding():
-            if kind == "execution_cached":
+            if kind == "execution_error":
+                self._note_fault(job, about["exception_message"])
+            if kind == "execution_cached" and job.on_event:
                 items = self._get("/queue")["queue_running"]
                 progress.begin([id for item in items if item[1] == job.prompt_id for id in item[4]], about["nodes"])
-            if kind == "progress_state":
+            if kind == "progress_state" and job.on_event:
                 progress.update(about["nodes"])
+
+    def _note_fault(self, job: Job, message: str) -> None:
+        if FAULT.match(message):
+            log.error("WORKER_ERROR: job %s has broken the GPU; nothing runs until ComfyUI restarts", job.request_id)
+            self._fault = job.prompt_id
+            self._note(False)
 
     def _stop_prompt(self, job: Job) -> None:
         """Takes the prompt off ComfyUI: out of its queue, or off the GPU."""
         for _ in range(1 if self._failing_since else 3):
-            try:
+            with contextlib.suppress(*CONNECTION_LOST, JobError):
                 self._exchange("/queue", {"delete": [job.prompt_id]}, LOOK_UP_TIMEOUT_SECONDS)
                 # looked up first: versions before the targeted form interrupt whoever runs
-                if self._look_up(job.prompt_id) is True:
+                if self._look_up(job) == "queued":
                     self._exchange("/interrupt", {"prompt_id": job.prompt_id}, LOOK_UP_TIMEOUT_SECONDS)
                 return
-            except (*CONNECTION_LOST, JobError) as error:
-                log.warning("job %s could not be stopped in ComfyUI: %s", job.request_id, error)
             threading.Event().wait(RECONNECT_SECONDS)
 
-    def _patience(self) -> float:
-        """The seconds that ComfyUI may still stay away; comfyui_lost when there are none left."""
-        limit = self.settings.comfyui_return_timeout
-        left = limit - (time.monotonic() - self._failing_since if self._failing_since else 0)
-        if left <= 0:
-            raise JobError(502, "comfyui_lost", f"ComfyUI went away and was not back in order within {limit:g} s")
-        return left
+    def patiently(self, job: Job, action: Callable[[], Any]) -> Any:
+        """What the action returns, tried again while ComfyUI is away; comfyui_lost after COMFYUI_RETURN_TIMEOUT."""
+        while True:
+            try:
+                result = action()
+                job.patience_ends = 0.0
+                return result
+            except CONNECTION_LOST as lost:
+                self._note(False)
+                limit = self.settings.comfyui_return_timeout
+                job.patience_ends = job.patience_ends or self._failing_since + limit  # since then all jobs wait
+                if (left := job.patience_ends - time.monotonic()) <= 0:
+                    message = f"ComfyUI went away and was not back in order within {limit:g} s: {lost}"
+                    raise JobError(502, "comfyui_lost", message) from None
+            job.next_message(min(left, LOOK_UP_SECONDS))  # "connected", perhaps, or an order to stop
 
     # files
 
@@ -811,16 +953,44 @@ class ComfyUI:
 
         Notes its mimetype and size (bytes) in `output`; raises JobError and CONNECTION_LOST.
         """
-        with understanding():
-            converted = {"preview": preview} if preview else {}
-            query = urllib.parse.urlencode({name: output[name] for name in FILE} | converted)
-        with request(f"{self.url}/view?{query}", None, HTTP_SECONDS, {}, self._kept) as response:
+        converted = {"preview": preview} if preview else {}
+        query = urllib.parse.urlencode({name: output[name] for name in FILE} | converted)
+        with request(f"{self.url}/view?{query}", HTTP_SECONDS, kept=self._kept) as response:
             if response.status == 404:
                 raise JobError(502, "output_missing", f"{output['filename']} is no longer on ComfyUI's disk")
             if response.status != 200 or response.length is None:
-                raise JobError(502, "comfyui_error", f"ComfyUI answered {response.status} to {output['filename']}")
+                raise odd_answer(f"{response.status} to {output['filename']}")
             output["mimetype"], output["size"] = response.headers.get_content_type(), response.length
             yield response
+
+    def upload(self, file: BinaryIO, name: str) -> str:
+        """Puts the file into ComfyUI's input folder, and returns its name there; 400 if it is too large."""
+        size = file.seek(0, os.SEEK_END)
+        features = self._exchange("/features")[1]  # older ones have none, and answer 413 at the end
+        limit = features.get("max_upload_size", float("inf")) if isinstance(features, dict) else float("inf")
+        file.seek(0)
+        part = f'Content-Disposition: form-data; name="image"; filename="{name}"\r\nContent-Type: {BYTES}'
+        head, tail = f"--{name}\r\n{part}\r\n\r\n".encode(), f"\r\n--{name}--\r\n".encode()
+        total = len(head) + size + len(tail)
+        headers = {"Content-Type": f"multipart/form-data; boundary={name}", "Content-Length": str(total)}
+        pieces = itertools.chain([head], iter(lambda: file.read(CHUNK_BYTES), b""), [tail])
+        if total <= limit:
+            with (
+                request(f"{self.url}/upload/image", HTTP_SECONDS, pieces, headers, self._kept) as answer,
+                understanding(),
+            ):
+                if answer.status != 413:
+                    return str(json.load(answer)["name"])
+        message = f"an input file of {size} bytes is more than ComfyUI takes; start it with a larger --max-upload-size"
+        raise invalid(message, "input_unavailable")
+
+    def is_file(self, class_type: str, name: str) -> bool:
+        """Whether that input of a node is a choice among files, and not among ComfyUI's own outputs."""
+        if (class_type, name) not in self._are_files:
+            kind, options = self._declared(class_type, name)
+            is_choice = isinstance(kind, list) or kind == "COMBO" or any(each.endswith("_upload") for each in options)
+            self._are_files[class_type, name] = is_choice and options.get("image_folder") != "output"
+        return self._are_files[class_type, name]
 
     # HTTP
 
@@ -828,7 +998,7 @@ class ComfyUI:
         """The status and the JSON body, None where it is none."""
         data = None if body is None else json.dumps(body).encode()
         with (
-            request(self.url + path, data, seconds, {}, self._kept) as response,
+            request(self.url + path, seconds, data, kept=self._kept) as response,
             contextlib.suppress(ValueError, RecursionError),
         ):
             return response.status, json.load(response, parse_constant=lambda _: None)  # JSON has no NaN
@@ -837,15 +1007,14 @@ class ComfyUI:
     def _get(self, path: str, seconds: float = HTTP_SECONDS) -> Any:
         status, answer = self._exchange(path, None, seconds)
         if status != 200 or not isinstance(answer, dict):
-            raise JobError(502, "comfyui_error", f"ComfyUI answered GET {path} with {status}; its log may say why")
+            raise odd_answer(f"GET {path} with {status}")
         return answer
 
     # what ComfyUI says against a workflow, in words
 
     def _rejection(self, error: dict[str, Any], node_errors: dict[str, Any], graph: Graph) -> JobError:
         general = scrub(f"{error['message']} {error.get('details', '')}".strip()) + HINTS.get(error["type"], "")
-        words = self._complaints(node_errors, graph) or general
-        message = f"ComfyUI refuses the workflow: {words}"
+        message = f"ComfyUI refuses the workflow: {self._complaints(node_errors, graph) or general}"
         return JobError(422, "workflow_rejected", message, node_errors=scrub(node_errors))
 
     def _complaints(self, node_errors: dict[str, Any], graph: Graph) -> str:
@@ -869,6 +1038,12 @@ class ComfyUI:
     @understanding()
     def choices(self, class_type: str, name: str) -> list[str]:
         """What ComfyUI offers for that input of a node."""
+        kind, options = self._declared(class_type, name)
+        return [str(each) for each in (kind if isinstance(kind, list) else options["options"])]
+
+    @understanding()
+    def _declared(self, class_type: str, name: str) -> tuple[Any, dict[str, Any]]:
+        """An input's type, or its choices, and its options; where the node has no such input, nothing."""
         try:
             about = self._get(f"/object_info/{urllib.parse.quote(class_type, safe='')}")
         except CONNECTION_LOST:
@@ -877,15 +1052,8 @@ class ComfyUI:
             raise JobError(422, "workflow_rejected", f"ComfyUI has no node {class_type}{HINTS['invalid_prompt']}")
         inputs = about[class_type]["input"]
         # [[choice, …], {…}] or, as newer nodes have it, ["COMBO", {"options": [choice, …]}]
-        kind, *options = {**inputs.get("required", {}), **inputs.get("optional", {})}[name]
-        return [str(each) for each in (kind if isinstance(kind, list) else options[0]["options"])]
-
-
-FILE = {"filename": "", "subfolder": "", "type": "output"}  # what names a file to ComfyUI, and the defaults
-HINTS = {  # by the type of ComfyUI's refusal
-    "prompt_no_outputs": "; add an output node that saves, such as SaveImage, and connect it",
-    "invalid_prompt": "; check the spelling, or install the custom nodes that bring it",
-}
+        kind, *options = {**inputs.get("required", {}), **inputs.get("optional", {})}.get(name, [None])
+        return kind, options[0] if options else {}
 
 
 class Progress:
@@ -911,21 +1079,13 @@ class Progress:
         """Takes the states of the nodes that have begun: {id: {"value": …, "max": …, "state": …}}"""
         parts = {id: about["value"] / (about["max"] or 1) for id, about in nodes.items()}
         done = sum(1 if is_cached else min(1, parts.get(id, 0)) for id, is_cached in self._needed.items())
+        self._percent = max(self._percent, round(100 * done / (len(self._needed) or 1), 1))  # it never goes back
         by_state = sorted(nodes.items(), key=lambda each: each[1]["state"] == "running")
-        self._tell(100 * done / (len(self._needed) or 1), *by_state[-1:])
-
-    def end(self, entry: dict[str, Any]) -> None:
-        """Has a job that succeeded end at 100, whatever ComfyUI told of it."""
-        if self._job.on_event and self._percent < 100 and not failure(entry):
-            self._tell(100)
-
-    def _tell(self, percent: float, node: tuple[str | None, dict[str, Any]] = (None, {})) -> None:
-        self._percent = max(self._percent, round(percent, 1))  # it never goes back
-        node_id, about = node
+        node_id, about = by_state[-1] if by_state else ("", {})
         node_id = about.get("display_node_id", node_id)  # the submitted one, where a node expands into others
         node_type = self._job.workflow.get(str(node_id), {}).get("class_type")
         steps = {name: about.get(name) for name in ("value", "max")}
-        self._job.tell("progress", node_id=node_id, node_type=node_type, **steps, percent=self._percent)
+        self._job.tell("progress", node_id=node_id or None, node_type=node_type, **steps, percent=self._percent)
 
 
 def is_still(output: Output, entry: dict[str, Any]) -> bool:
@@ -1000,48 +1160,42 @@ def deliver(job: Job, outputs: list[Output], comfyui: ComfyUI) -> JobError | Non
     if not job.outputs and not failure(job.entry):
         made = "only previews (type temp), which are not delivered" if outputs else "no outputs"
         job.warnings.append(f"the job made {made}; use a node that saves, such as SaveImage")
-    first = None
-    for output in job.outputs:
-        error = _deliver_file(job, output, comfyui) if "filename" in output else None
-        first = first or error
-        if error and error.type == "comfyui_lost":
-            break
-    return first
+    return next(filter(None, at_once(functools.partial(_deliver_file, job, comfyui), job.files)), None)
 
 
-def patiently(job: Job, action: Callable[[], Any]) -> Any:
-    """What the action returns, tried again while ComfyUI is away; comfyui_lost after COMFYUI_RETURN_TIMEOUT."""
-    deadline, pause = 0.0, threading.Event()
-    while True:
-        try:
-            return action()
-        except CONNECTION_LOST as lost:
-            deadline = deadline or time.monotonic() + job.settings.comfyui_return_timeout
-            if time.monotonic() > deadline:
-                raise JobError(502, "comfyui_lost", f"ComfyUI went away before its files were had: {lost}") from None
-        pause.wait(LOOK_UP_SECONDS)
-
-
-def _deliver_file(job: Job, output: Output, comfyui: ComfyUI) -> JobError | None:
+def _deliver_file(job: Job, comfyui: ComfyUI, output: Output) -> JobError | None:
     folder = job.settings.comfyui_install_path
     path = os.path.abspath(os.path.join(folder, output["type"], output["subfolder"], output["filename"]))
     if folder and os.path.isfile(path):
         output["local_path"] = path
     try:
-        patiently(job, lambda: _bring(job, output, comfyui))
+        comfyui.patiently(job, lambda: _bring(job, comfyui, output))
     except JobError as error:
         return error
     return None
 
 
-def _bring(job: Job, output: Output, comfyui: ComfyUI) -> None:
-    preview, error = preview_of(job, output), None
-    if job.settings.s3_bucket_name:
-        error = _upload(job, output, comfyui, preview)
-    if job.as_base64 or "url" not in output:
-        _embed(job, output, comfyui, preview)
-    if error:
-        raise error
+def _bring(job: Job, comfyui: ComfyUI, output: Output) -> None:
+    """So that it can be done again when ComfyUI went away over it: what S3 has taken is not sent again."""
+    preview = preview_of(job, output)
+    try:
+        if job.settings.s3_bucket_name and "url" not in output:
+            _upload(job, comfyui, output, preview)
+    finally:
+        if job.return_outputs_as_base64 or "url" not in output:
+            _embed(job, comfyui, output, preview)
+
+
+def _embed(job: Job, comfyui: ComfyUI, output: Output, preview: str) -> None:
+    """Puts the file's bytes into the output if they are wanted; mimetype and size always are."""
+    limit = job.settings.output_base64_max_bytes
+    is_shown = job.accept in (JSON, EVENT_STREAM) or job.settings.webhook_url
+    is_wanted = (job.return_outputs_as_base64 and is_shown) or "upload_error" in output
+    with comfyui.open(output, preview) as file:
+        if is_wanted and output["size"] > limit:
+            output["error"] = f"{output['size']} bytes are more than the {limit} of OUTPUT_BASE64_MAX_BYTES; use S3"
+        elif is_wanted:
+            output["data"] = base64.b64encode(file.read())
 
 
 def preview_of(job: Job, output: Output) -> str:
@@ -1058,23 +1212,21 @@ def delivered_name(output: Output, preview: str) -> str:
 
 def choose(job: Job, comfyui: ComfyUI) -> None:
     """Chooses the file whose bytes the client is to have; 406 where none fits, with all of them in the envelope."""
-    files = [output for output in job.outputs if "filename" in output]
-    for output in files:
+    for output in job.files:
         if fnmatch.fnmatchcase(output["mimetype"], job.accept):
-            job.chosen = output
+            job.answer_file = output
         elif job.accept in ("image/webp", "image/jpeg") and is_still(output, job.entry):
-            job.chosen, job.output_format = output, job.accept.partition("/")[2]
-        if job.chosen:
+            job.answer_file, job.output_format = output, job.accept.partition("/")[2]
+        if job.answer_file:
             return
-    made = ", ".join(output["mimetype"] for output in files) or "no file"
+    made = ", ".join(output["mimetype"] for output in job.files) or "no file"
     error = JobError(406, "not_acceptable", f"no output is {job.accept}; there is {made}")
     job.accept = JSON
-    for output in files if job.as_base64 else []:
-        patiently(job, functools.partial(_embed, job, output, comfyui, preview_of(job, output)))
+    deliver(job, job.outputs, comfyui)
     raise error
 
 
-def _upload(job: Job, output: Output, comfyui: ComfyUI, preview: str) -> JobError | None:
+def _upload(job: Job, comfyui: ComfyUI, output: Output, preview: str) -> None:
     from boto3.s3.transfer import TransferConfig
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -1091,43 +1243,26 @@ def _upload(job: Job, output: Output, comfyui: ComfyUI, preview: str) -> JobErro
     # the rest: what boto3 trips over in answers that are no S3's, and in redirects without end
     except (BotoCoreError, ClientError, LookupError, RuntimeError, TypeError, ValueError) as error:
         output["upload_error"] = _without_keys(str(error), job.settings)
-        return JobError(502, "upload_failed", f"S3 did not take {output['filename']}: {output['upload_error']}")
+        message = f"S3 did not take {output['filename']}: {output['upload_error']}"
+        raise JobError(502, "upload_failed", message) from None
     output["url"] = client.generate_presigned_url("get_object", where, job.settings.s3_url_expires)
     output.pop("upload_error", None)  # of a try before this one
-    return None
-
-
-def _embed(job: Job, output: Output, comfyui: ComfyUI, preview: str) -> None:
-    """Puts the file's bytes into the output if they are wanted; mimetype and size always are."""
-    limit = job.settings.output_base64_max_bytes
-    is_shown = job.accept in (JSON, EVENT_STREAM) or job.settings.webhook_url
-    is_wanted = (job.as_base64 and is_shown) or "upload_error" in output
-    with comfyui.open(output, preview) as file:
-        if is_wanted and output["size"] > limit:
-            output["error"] = f"{output['size']} bytes are more than the {limit} of OUTPUT_BASE64_MAX_BYTES; use S3"
-        elif is_wanted:
-            output["data"] = base64.b64encode(file.read()).decode()
 
 
 def s3_client(settings: Settings) -> Any:
     """A boto3 client for the settings' S3; 400 where none can be made."""
     names = ("access_key_id", "secret_access_key", "endpoint_url", "region", "connect_timeout", "connect_attempts")
-    try:
-        return _s3_client(*(getattr(settings, f"s3_{name}") or None for name in names))
-    except ImportError:  # not every worker needs S3
-        raise invalid("this worker cannot use S3: its operator has to pip install boto3") from None
-    except ValueError as error:
-        raise invalid(f"the S3 settings cannot be used: {_without_keys(str(error), settings)}") from None
+    return _s3_client(*(getattr(settings, f"s3_{name}") or None for name in names))
 
 
 @functools.lru_cache(maxsize=32)  # making a client takes 100 ms; threads can share it
-def _s3_client(
-    key: str | None, secret: str | None, endpoint: str | None, region: str | None, timeout: float, attempts: int
-) -> Any:
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError
-
+def _s3_client(key: Any, secret: Any, endpoint: Any, region: Any, timeout: float, attempts: int) -> Any:
+    try:
+        import boto3
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+    except ImportError:  # not every worker needs S3
+        raise invalid("this worker cannot use S3: its operator has to pip install boto3") from None
     config = Config(
         signature_version="s3v4",
         # with "auto", AWS' presigned URLs lead to us-east-1, whatever the region
@@ -1138,18 +1273,15 @@ def _s3_client(
         read_timeout=timeout,
         retries={"mode": "standard", "total_max_attempts": attempts},
     )
+    region = region or ("us-east-1" if endpoint else None)
     try:
         session = boto3.Session(key, secret)
-        client = session.client(
-            "s3", region or ("us-east-1" if endpoint else None), endpoint_url=endpoint, config=config
-        )
+        client = session.client("s3", region, endpoint_url=endpoint, config=config)
         if session.get_credentials():
             return client
-    except BotoCoreError as error:
-        raise ValueError(str(error)) from None
-    raise ValueError(
-        "there are no keys: give s3.access_key_id and s3.secret_access_key, or set them in the environment"
-    )
+    except (BotoCoreError, ValueError) as error:
+        raise invalid(f"the S3 settings cannot be used: {error}") from None
+    raise invalid("there are no keys for S3: give s3.access_key_id and s3.secret_access_key, or set them as variables")
 
 
 def _without_keys(text: str, settings: Settings) -> str:
@@ -1158,23 +1290,34 @@ def _without_keys(text: str, settings: Settings) -> str:
     return str(scrub(re.sub(r"(?i)(signature=)[\w%]+", r"\1***", text)))
 
 
-def post_webhook(settings: Settings, message_id: str, body: bytes) -> str:
+def encode(answer: dict[str, Any]) -> list[bytes]:
+    """The answer's JSON in pieces: base64 that the outputs hold as bytes is not copied, and not looked through."""
+    files: list[bytes] = []
+    mark = uuid.uuid4().hex
+
+    def put_aside(data: bytes) -> str:
+        files.append(data)
+        return mark
+
+    pieces = json.dumps(answer, default=put_aside).encode().split(mark.encode())
+    return [piece for pair in zip(pieces, [*files, b""], strict=True) for piece in pair]
+
+
+def post_webhook(job: Job, body: bytes) -> str:
     """One try, signed after the Standard Webhooks specification; "" where it was delivered, else what became of it.
 
     What begins with "failed" is worth another try.
     """
-    timestamp = str(int(time.time()))
-    headers = {
-        "webhook-id": message_id,
-        "webhook-timestamp": timestamp,
-        "User-Agent": f"ComfyUI-PyWorker/{__version__}",
-    }
-    if key := settings.webhook_secret:
-        digest = hmac.digest(key, f"{message_id}.{timestamp}.".encode() + body, "sha256")
+    settings, timestamp = job.settings, str(int(time.time()))
+    headers = {"webhook-id": job.prompt_id, "webhook-timestamp": timestamp}
+    if settings.webhook_secret:
+        signed = f"{job.prompt_id}.{timestamp}.".encode() + body
+        digest = hmac.digest(settings.webhook_secret, signed, "sha256")
         headers["webhook-signature"] = f"v1,{base64.b64encode(digest).decode()}"
+    is_public_only = job.distrusts("webhook_url")
     try:
         # a redirect is no delivery: a signed message goes where it was meant to go, or nowhere
-        with request(settings.webhook_url, body, settings.webhook_timeout, headers) as response:
+        with request(settings.webhook_url, settings.webhook_timeout, body, headers, None, is_public_only) as response:
             status = response.status
     except (*CONNECTION_LOST, UnicodeError) as error:  # UnicodeError: of a name that cannot be looked up
         return f"failed: {error}"
@@ -1182,17 +1325,18 @@ def post_webhook(settings: Settings, message_id: str, body: bytes) -> str:
     return "" if 200 <= status < 300 else f"{'failed' if is_passing else 'refused'} with status {status}"
 
 
-def deliver_webhook(job: Job, body: bytes) -> None:
+def deliver_webhook(job: Job, body: bytes) -> bool:
     """Posts the message until its receiver takes or refuses it, five times at most, over ten minutes or more."""
     pause = threading.Event()
     for seconds in (*WEBHOOK_PAUSES_SECONDS, 0):
-        trouble = post_webhook(job.settings, job.prompt_id, body)
+        trouble = post_webhook(job, body)
         if not trouble.startswith("failed") or not seconds:
             break
         log.warning("the webhook of job %s: %s; it is tried again in about %g s", job.request_id, trouble, seconds)
         pause.wait(seconds * random.uniform(0.8, 1.2))
     if trouble:
         log.error("the webhook of job %s was not delivered: %s", job.request_id, trouble)
+    return not trouble
 
 
 # Worker ###############################################################################################################
@@ -1201,6 +1345,18 @@ TURN: Message = {"type": "turn"}
 MOVED: Message = {"type": "moved"}
 CUT_SHORT = "the worker had to stop before the job ended"
 CANCEL_SECONDS = 10  # that cancelled jobs get to be answered before the worker exits
+METRICS = {  # of GET /metrics, each after "pyworker_": type, help
+    "jobs_total": ("counter", "Jobs that have ended or were refused, by outcome: completed, or the type of the error."),
+    "cost_total": ("counter", "Cost of the jobs that found a place in the queue: 100 each."),
+    "jobs_waiting": ("gauge", "Jobs that wait for the GPU."),
+    "jobs_running": ("gauge", "Jobs on the GPU: 0 or 1."),
+    "queue_seconds": ("summary", "Time that jobs waited for the GPU."),
+    "generation_seconds": ("summary", "Time that jobs had the GPU."),
+    "delivery_seconds": ("summary", "Time that the delivery of outputs took."),
+    "delivered_bytes_total": ("counter", "Size of the files that were delivered, to S3 or in the answer."),
+    "webhooks_total": ("counter", "Webhooks whose delivery has ended, by outcome: delivered or failed."),
+    "comfyui_up": ("gauge", "Whether ComfyUI is in order: 0 or 1."),
+}
 
 
 class Line:
@@ -1296,6 +1452,7 @@ class Worker:
         self.settings = settings
         self._changed = threading.Condition()
         self._under_way = 0  # requests that are not answered yet, webhooks that are owed
+        self._counts: dict[str, float] = collections.defaultdict(float)  # of METRICS, by sample
         self.comfyui = ComfyUI(settings)
         self._line = Line(settings.max_queue_size)
         self._clients = Clients()
@@ -1325,15 +1482,7 @@ class Worker:
         first: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
         queued = {**envelope(job, None), "status": "queued", "message": "queued; the webhook will tell the result"}
         job.on_event = lambda *_: first.put((202, queued))
-
-        def run() -> None:
-            try:
-                first.put(self._end(job, self._attempt(job, lambda: self._process(job))))
-            finally:
-                self.begin(-1)
-
-        self.begin()
-        threading.Thread(target=run, name="job", daemon=True).start()
+        self._spawn("job", lambda: first.put(self._end(job, self._attempt(job, lambda: self._process(job)))))
         return first.get()
 
     def _end(self, job: Job, error: JobError | None) -> tuple[int, dict[str, Any]]:
@@ -1341,8 +1490,10 @@ class Worker:
         outcome = f"{error.type} ({error.status}): {error.message}" if error else "completed"
         timings = ", ".join(f"{name} {answer['timings'][name]}" for name in (*TIMINGS, "total_ms"))
         log.info("job %s %s; %s", job.request_id, outcome.encode("unicode_escape").decode(), timings)
+        self._count_job(job, error.type if error else "completed")
         if job.was_accepted and job.settings.webhook_url:
-            self._notify(job, answer)
+            body = b"".join(encode({**answer, "extra": job.extra_params}))
+            self._spawn("webhook", lambda: self._notify(job, body))  # a receiver that never answers delays nobody
         return error.status if error else 200, answer
 
     def _process(self, job: Job) -> None:
@@ -1352,58 +1503,84 @@ class Worker:
                 self.comfyui.describe()  # what is known may be old, where nobody probes
                 if (state := self.state()) != "ready":
                     raise not_ready(state)
-            self._build(job)
-            if job.settings.s3_bucket_name:
-                s3_client(job.settings)  # 400 before GPU time is spent, where S3 cannot be used
-        error = self._run(job)
-        for _ in range(2):  # a busy ComfyUI may take the prompt first and clear its cache after it
-            if error and error.type == "output_missing":  # of a cached job: somebody has deleted its files since
-                self.comfyui.clear_cache()
+            self._prepare(job)
+        for attempt in range(3):  # a busy ComfyUI may take the second prompt first and clear its cache after it
+            try:
+                self._run(job)
+                break
+            except JobError as error:
+                if error.type != "output_missing" or attempt == 2:
+                    raise
+                self.comfyui.clear_cache()  # of a cached job: somebody has deleted its files since
                 job.prompt_id, job.has_turn = str(uuid.uuid4()), False
-                error = self._run(job)
-        if error:
-            raise error
         if job.accept not in (JSON, EVENT_STREAM):
             choose(job, self.comfyui)
 
-    def _run(self, job: Job) -> JobError | None:
+    def _prepare(self, job: Job) -> None:
+        """Builds the workflow, fetches the files that it names, and refuses what would fail after the GPU's work."""
+        for name in ("s3_endpoint_url", "webhook_url"):
+            if job.distrusts(name):
+                check_public(name.replace("_", ".", 1), getattr(job.settings, name))
+        if job.settings.s3_bucket_name:
+            s3_client(job.settings)
+        if job.modifier:
+            self._build(job)
+        places: dict[str, list[tuple[dict[str, Any], str]]] = {}
+        for node in job.workflow.values():
+            for name, value in node["inputs"].items():
+                if isinstance(value, str) and SOURCE.match(value) and self.comfyui.is_file(node["class_type"], name):
+                    places.setdefault(value, []).append((node["inputs"], name))
+        for source, stored in zip(places, at_once(self._bring_input, list(places)), strict=True):
+            for inputs, name in places[source]:
+                inputs[name] = stored
+
+    def _bring_input(self, source: str) -> str:
+        file, name = fetch(source, self.settings.max_input_bytes, not self.settings.allow_private_addresses)
+        try:
+            with file:
+                return self.comfyui.upload(file, name)
+        except CONNECTION_LOST:
+            raise not_ready("unreachable") from None
+
+    def _run(self, job: Job) -> None:
         with self._clients.watch(job), self._line.turn(job), job.timed("generation_ms"):
-            job.entry = self.comfyui.run(job)
-        if key := job.settings.comfy_org_api_key:  # partner nodes are given it, and may show it under any name
-            told = change_text(job.entry, lambda text: text.replace(key, "***"))
-            job.entry = {**told, "outputs": job.entry.get("outputs")}  # whose names have to stay
+            self.comfyui.run(job)
         with job.timed("postprocess_ms"):
+            self.comfyui.read_history(job)
             undelivered = deliver(job, read_outputs(job.entry, job.workflow), self.comfyui)
-        return failure(job.entry) or undelivered
+        if error := failure(job.entry) or undelivered:
+            raise error
 
     def _build(self, job: Job) -> None:
-        """Has the job's modifier, if it names one, build its workflow."""
-        if not job.modifier:
-            return
-        if not self._modifiers:
+        """Has the job's modifier build its workflow."""
+        modifiers = self._modifiers
+        if not modifiers:
             raise invalid(
                 "this worker has no modifiers: modifiers.py is not beside pyworker.py", "invalid_modification"
             )
         try:
-            job.workflow = read_graph(self._modifiers.build(job.modifier, job.modifications, self.comfyui))
-        except self._modifiers.InvalidModification as error:
+            job.workflow = read_graph(modifiers.build(job.modifier, job.modifications, self.comfyui))
+        except modifiers.InvalidModification as error:
             raise invalid(str(error), "invalid_modification", **error.details) from None
         except ValueError as error:  # of read_graph, or the modifier's own
             log.exception("modifier %s", job.modifier)
             raise JobError(500, "internal_error", f"the modifier {job.modifier} built no workflow: {error}") from None
 
-    def _notify(self, job: Job, answer: dict[str, Any]) -> None:
-        """Starts a thread for the webhook: a receiver that never answers delays nobody."""
-        body = json.dumps({**answer, "extra": job.extra_params}).encode()
+    def _notify(self, job: Job, body: bytes) -> None:
+        outcome = "delivered" if deliver_webhook(job, body) else "failed"
+        self._count(f'webhooks_total{{outcome="{outcome}"}}')
 
-        def deliver() -> None:
+    def _spawn(self, name: str, action: Callable[[], None]) -> None:
+        """Runs the action in a thread that a stopping worker waits for."""
+
+        def run() -> None:
             try:
-                deliver_webhook(job, body)
+                action()
             finally:
                 self.begin(-1)
 
         self.begin()
-        threading.Thread(target=deliver, name="webhook", daemon=True).start()
+        threading.Thread(target=run, name=name, daemon=True).start()
 
     def begin(self, number: int = 1) -> None:
         """Counts what a stopping worker has to wait for; -1 where it has ended."""
@@ -1412,7 +1589,7 @@ class Worker:
             self._changed.notify_all()
 
     def state(self) -> str:
-        """'ready', or why not: 'starting', 'unreachable', 'stopping'."""
+        """'ready', or why not: 'starting', 'unreachable', 'faulted', 'stopping'."""
         return "stopping" if self._stopping else self.comfyui.state()
 
     @property
@@ -1423,9 +1600,8 @@ class Worker:
     def health(self, is_probe_of_life: bool) -> tuple[int, dict[str, Any]]:
         """The HTTP status and the body of GET /health, or of GET /health/live: 503 only where a restart is needed."""
         comfyui = self.comfyui.describe()
-        state = self.state()
-        jobs = [job.request_id for job in self._line.jobs]
-        is_well = state != "faulted" if is_probe_of_life else state == "ready"
+        state, jobs = self.state(), [job.request_id for job in self._line.jobs]
+        is_well = not self.comfyui.is_beyond_hope if is_probe_of_life else state == "ready"
         return 200 if is_well else 503, {
             "status": state,
             "running": jobs[0] if jobs else None,
@@ -1436,6 +1612,37 @@ class Worker:
             "version": __version__,
             "uptime_s": round(time.monotonic() - self._started_at),
         }
+
+    def _count_job(self, job: Job, outcome: str) -> None:
+        self._count(f'jobs_total{{outcome="{outcome}"}}')
+        if job.was_accepted:
+            self._count("cost_total", COST)
+            delivered = [output["size"] for output in job.files if "url" in output or "data" in output]
+            self._count("delivered_bytes_total", sum(delivered) or (job.answer_file or {"size": 0})["size"])
+            for name, timing in (("queue", "queue"), ("generation", "generation"), ("delivery", "postprocess")):
+                self._count(f"{name}_seconds_sum", job.timings[f"{timing}_ms"] / 1000)
+                self._count(f"{name}_seconds_count")
+
+    def _count(self, sample: str, amount: float = 1) -> None:
+        with self._changed:
+            self._counts[sample] += amount
+
+    def metrics(self) -> str:
+        """What has been counted, in Prometheus' text format."""
+        jobs = len(self._line.jobs)
+        now = {
+            "jobs_waiting": max(0, jobs - 1),
+            "jobs_running": min(1, jobs),
+            "comfyui_up": self.comfyui.state() == "ready",
+        }
+        lines = []
+        for name, (kind, text) in METRICS.items():
+            samples = [
+                each for each in (self._counts | now).items() if re.match(rf"{name}(_sum|_count)?(\{{|$)", each[0])
+            ]
+            lines += [f"# HELP pyworker_{name} {text}", f"# TYPE pyworker_{name} {kind}"]
+            lines += [f"pyworker_{sample} {float(value)}" for sample, value in samples or [(name, 0)]]
+        return "\n".join([*lines, ""])
 
     def stop(self) -> None:
         """Takes no more jobs; returns once what is under way has ended, or was cancelled after SHUTDOWN_GRACE."""
@@ -1453,7 +1660,11 @@ class Worker:
 
 def load_modifiers() -> Any:
     """The module modifiers.py beside this file; None where there is none."""
-    return importlib.import_module("modifiers") if pathlib.Path(__file__).with_name("modifiers.py").exists() else None
+    if not os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), "modifiers.py")):
+        return None
+    import modifiers
+
+    return modifiers
 
 
 def envelope(job: Job, error: JobError | None) -> dict[str, Any]:
@@ -1481,7 +1692,8 @@ def envelope(job: Job, error: JobError | None) -> dict[str, Any]:
 
 CONNECTION_SECONDS = 30  # without a byte on a connection that owes us some
 DRAIN_SECONDS = 5  # for a client to see its refusal while it is still sending
-ROUTES = {"/generate/sync": ["POST"], "/health": ["GET", "HEAD"], "/health/live": ["GET", "HEAD"]}
+READ = ["GET", "HEAD"]
+ROUTES = {"/generate/sync": ["POST"], "/health": READ, "/health/live": READ, "/metrics": READ}
 STATUS_HEADERS = {
     202: {"Preference-Applied": "respond-async"},
     401: {"WWW-Authenticate": "Bearer"},
@@ -1500,12 +1712,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     wbufsize = 1 << 16  # headers and a small body in one write
     owes_body = False
 
-    def __getattr__(self, name: str) -> Callable[[], None]:
-        # http.server looks for do_METHOD; all of them come here, so that an unknown one is answered like any other
-        if name.startswith("do_"):
-            return self._handle
-        raise AttributeError(name)
-
     def _handle(self) -> None:
         # a head that http.server half understands hides where the next request begins; other defects are of the body
         defects = [each for each in self.headers.defects if "Header" in type(each).__name__]
@@ -1518,9 +1724,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise invalid("a header of the request is malformed")
             self._route()
         except JobError as error:
-            self._send(error.status, envelope(Job(), error))
+            self._answer(error.status, envelope(Job(), error))
         finally:
             self.server.worker.begin(-1)
+
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        # http.server looks for do_METHOD; all of them come here, so that an unknown one is answered like any other
+        if name.startswith("do_"):
+            return self._handle
+        raise AttributeError(name)
 
     def _route(self) -> None:
         worker = self.server.worker
@@ -1533,14 +1745,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise JobError(404, "not_found", f"there is nothing here; there is {', '.join(ROUTES)}")
         if self.command not in ROUTES[path]:
             raise JobError(405, "method_not_allowed", f"{path} takes {' or '.join(ROUTES[path])}", allow=ROUTES[path])
-        if path != "/generate/sync":
-            self._send(*worker.health(is_probe_of_life=path == "/health/live"))
+        if path.startswith("/health"):
+            self._answer(*worker.health(is_probe_of_life=path == "/health/live"))
             return
         wanted, given = f"Bearer {worker.settings.auth_token}", self.headers.get("Authorization", "")
         if worker.settings.auth_token and not hmac.compare_digest(wanted.encode(), given.encode("latin-1")):
             raise JobError(
                 401, "unauthorized", "this worker needs the header 'Authorization: Bearer <token>' with its token"
             )
+        if path == "/metrics":
+            self._send(200, "text/plain; version=0.0.4; charset=utf-8", [worker.metrics().encode()])
+        else:
+            self._generate(worker)
+
+    def _generate(self, worker: Worker) -> None:
         is_included = self.headers.get("X-Include-ComfyUI-Response") in ("1", "true")
         settings = replace(worker.settings, include_comfyui_response=True) if is_included else worker.settings
         accept, prefer = (", ".join(self.headers.get_all(name, [])) for name in ("Accept", "Prefer"))
@@ -1549,19 +1767,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         status, answer = worker.answer(job, self._read_body())
         if stream.is_open:
             stream.end(answer)
-        elif job.chosen:
-            self._send_file(job, job.chosen)
+        elif job.answer_file:
+            self._send_file(job, job.answer_file)
         else:
-            self._send(status, answer)
+            self._answer(status, answer)
 
     def _send_file(self, job: Job, output: Output) -> None:
-        preview = preview_of(job, output)
+        comfyui, preview = self.server.worker.comfyui, preview_of(job, output)
         plain = re.sub(r"[^ !#-\[\]-~]", "_", delivered_name(output, preview))
         with contextlib.ExitStack() as stack:
             try:
-                file = patiently(job, lambda: stack.enter_context(self.server.worker.comfyui.open(output, preview)))
+                file = comfyui.patiently(job, lambda: stack.enter_context(comfyui.open(output, preview)))
             except JobError as error:
-                self._send(error.status, envelope(job, error))
+                self._answer(error.status, envelope(job, error))
                 return
             headers = {"Content-Type": output["mimetype"], "Content-Length": str(output["size"])}
             headers |= {"Content-Disposition": f'inline; filename="{plain}"', "X-Request-Id": str(job.request_id)}
@@ -1593,13 +1811,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Has the body come only once it is wanted, in _read_body: a refusal is to be seen before it."""
         return True
 
-    def _send(self, status: int, answer: dict[str, Any]) -> None:
-        body = json.dumps(answer).encode() + b"\n"  # for who reads it in a terminal
-        headers = {"Content-Type": JSON, "Content-Length": str(len(body)), **STATUS_HEADERS.get(status, {})}
-        headers |= {"Allow": ", ".join(answer["error"]["allow"])} if status == 405 else {}
-        headers |= {"Connection": "close"} if self.owes_body or self.close_connection else {}
-        self.send_head(status, headers)
-        self.wfile.write(b"" if self.command == "HEAD" else body)
+    def _answer(self, status: int, answer: dict[str, Any]) -> None:
+        allow = {"Allow": ", ".join(answer["error"]["allow"])} if status == 405 else {}
+        # the line's end is for who reads it in a terminal
+        self._send(status, JSON, [*encode(answer), b"\n"], STATUS_HEADERS.get(status, allow))
+
+    def _send(self, status: int, mimetype: str, body: list[bytes], headers: Mapping[str, str] = {}) -> None:
+        length = str(sum(map(len, body)))
+        close = {"Connection": "close"} if self.owes_body or self.close_connection else {}
+        self.send_head(status, {"Content-Type": mimetype, "Content-Length": length, **headers, **close})
+        self.wfile.writelines([] if self.command == "HEAD" else body)
         self.wfile.flush()
         if self.owes_body:
             self._drain()
@@ -1623,7 +1844,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """What http.server itself refuses (a malformed or oversized head), in the shape of every other answer."""
         self.close_connection = self.owes_body = True
         self.request_version = self.protocol_version  # http.server answers a line that it cannot read without a head
-        self._send(code, envelope(Job(), JobError(code, "invalid_request", f"the request cannot be read: {message}")))
+        self._answer(code, envelope(Job(), JobError(code, "invalid_request", f"the request cannot be read: {message}")))
 
     def version_string(self) -> str:
         """The Server header."""
@@ -1650,7 +1871,7 @@ class EventStream:
             headers = {"Content-Type": EVENT_STREAM, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
             self._handler.send_head(200, {**headers, "Connection": "close"})
             threading.Thread(target=self._keep_alive, name="keep-alive", daemon=True).start()
-        self._write(f"event: {event}\ndata: {json.dumps(about)}\n\n")
+        self._write([f"event: {event}\ndata: ".encode(), *encode(about), b"\n\n"])
 
     def end(self, answer: dict[str, Any]) -> None:
         """Sends the answer as the last event."""
@@ -1659,14 +1880,14 @@ class EventStream:
 
     def _keep_alive(self) -> None:
         while not self._ended.wait(KEEP_ALIVE_SECONDS):
-            self._write(": the job is under way\n\n")
+            self._write([b": the job is under way\n\n"])
 
-    def _write(self, text: str) -> None:
+    def _write(self, pieces: list[bytes]) -> None:
         with self._lock:
             if self._ended.is_set():
                 return
             try:
-                self._handler.wfile.write(text.encode())
+                self._handler.wfile.writelines(pieces)
                 self._handler.wfile.flush()
             except CONNECTION_LOST:  # a client that has stopped reading may hold up its job once, not again and again
                 self._ended.set()
@@ -1708,9 +1929,11 @@ def main() -> None:
         settings = Settings.read({**os.environ, **given})
         server = Server(Worker(settings))
     except ValueError as error:
-        sys.exit(f"pyworker: {error}")
+        sys.exit(f"WORKER_ERROR: {error}")
     except OSError as error:
-        sys.exit(f"pyworker: cannot listen on {settings.worker_host} port {settings.port} (another: --port N): {error}")
+        sys.exit(
+            f"WORKER_ERROR: cannot listen on {settings.worker_host} port {settings.port} (another: --port N): {error}"
+        )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, functools.partial(_stop, server))
     with contextlib.suppress(ImportError, ValueError, OSError):  # Linux' usual limit of 1024 is soon reached
@@ -1726,6 +1949,8 @@ def main() -> None:
     log.info("waiting for ComfyUI at %s; to start one: python main.py in its folder", settings.comfyui_api_base)
     threading.Thread(target=server.worker.comfyui.listen, name="websocket", daemon=True).start()
     server.serve_forever()
+    logging.shutdown()
+    os._exit(0)  # an upload that hangs, in a thread of its pool, would be waited for
 
 
 def _parser() -> argparse.ArgumentParser:

