@@ -3857,6 +3857,16 @@ def test_image2image_begins_with_the_picture_and_keeps_its_size_unless_told(work
     ]
 
 
+def test_image2image_takes_a_url_and_a_data_uri(worker: Worker, files: FileServer) -> None:
+    for color, size in (("red", (64, 96)), ("blue", (72, 64))):
+        files.files["/cat"] = content = encoded(Image.new("RGB", size, color), "PNG")
+        for image in (f"{files.url}/cat?{color}", f"data:image/png;base64,{base64.b64encode(content).decode()}"):
+            modifications = {"input_image": image, "prompt": image, "steps": 1}
+            answer = worker.post({"modifier": "Image2Image", "modifications": modifications})
+            assert answer.status == 200, answer.body
+            assert Image.open(io.BytesIO(base64.b64decode(answer.files[0]["data"]))).size == size
+
+
 BROKEN_WORKFLOWS = {
     "cut.json": (b'{"1": {"class_type"', "is not JSON: "),
     "latin.json": ("{'1': 'é'}".encode("latin-1"), "is not JSON: "),
