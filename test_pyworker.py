@@ -3808,15 +3808,15 @@ def test_without_a_checkpoint_it_is_said_where_to_put_one(modifier: str) -> None
         assert modifiers.build(modifier, modifications, context)["4"]["inputs"] == {"ckpt_name": "first"}
 
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
-VALUES = st.recursive(
-    SCALARS, lambda each: st.lists(each, max_size=3) | st.dictionaries(st.text(), each, max_size=3), max_leaves=5
+JSON_SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
+JSON_VALUES = st.recursive(
+    JSON_SCALARS, lambda each: st.lists(each, max_size=3) | st.dictionaries(st.text(), each, max_size=3), max_leaves=5
 )
-NAMES = (
+MODIFICATION_NAMES = (
     st.sampled_from(sorted({name for names in LANDS.values() for name in names} | {"input_image", "prompt", "seed"}))
     | st.text()
 )
-MODIFICATIONS = st.dictionaries(NAMES, VALUES, max_size=6)
+MODIFICATIONS = st.dictionaries(MODIFICATION_NAMES, JSON_VALUES, max_size=6)
 
 
 @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
@@ -3999,7 +3999,7 @@ def test_health_tells_the_platform_how_it_is(worker: Worker) -> None:
     assert answer.status == 200
     told = answer.json
     assert (told["status"], told["running"], told["queued"], told["cost"]) == ("ready", None, 0, 100)
-    assert told["modifiers"] == ["RawWorkflow", "Text2Image"]
+    assert told["modifiers"] == ["Image2Image", "RawWorkflow", "Text2Image"]
     assert told["version"] == pyworker.__version__ and told["uptime_s"] >= 0
     assert told["comfyui"].keys() == {"url", "version", "device", "vram_free"} and told["comfyui"]["version"]
 
