@@ -1215,7 +1215,7 @@ def test_a_setting_that_cannot_be_read_stops_the_worker_with_one_line(variables:
     environ = {"PATH": os.environ["PATH"], **variables}
     done = subprocess.run([sys.executable, "pyworker.py"], env=environ, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 1
-    assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("WORKER_ERROR: ") and message in done.stderr and done.stderr.count("\n") == 1
     assert "hunter2" not in done.stderr, "a secret was printed"
 
 
@@ -2887,6 +2887,7 @@ def test_a_gpu_that_breaks_is_told_until_comfyui_has_restarted(
         assert waiting[1].result(60).error["type"] == "execution_failed"
         assert fetch(f"{behind.url}/health").json["status"] == "faulted"
         assert (behind.health().status, fetch(f"{behind.url}/health/live").status) == (503, 503)
+        assert behind.logged("WORKER_ERROR: ")
         refused = behind.post({"workflow_json": picture()})
         assert (refused.status, refused.error["type"]) == (503, "comfyui_unavailable") and "GPU" in refused.error[
             "message"
@@ -2921,6 +2922,22 @@ def test_the_faults_of_a_gpu_are_known(message: str) -> None:
 def test_a_comfyui_that_is_loading_or_away_is_no_reason_to_kill_the_worker(start: Callable[..., Worker]) -> None:
     early = start(ready=False, COMFYUI_API_BASE=f"http://127.0.0.1:{free_port()}")
     assert (early.health().status, fetch(f"{early.url}/health/live").status) == (503, 200)
+    assert not early.logged("WORKER_READY") and not early.logged("WORKER_ERROR")
+
+
+def test_a_comfyui_that_stays_away_is(start: Callable[..., Worker], comfyui_url: str) -> None:
+    tunnel = Tunnel(comfyui_url)
+    left = start(COMFYUI_API_BASE=tunnel.url, COMFYUI_RETURN_TIMEOUT=2)
+    assert left.logged("WORKER_READY") and not left.logged("WORKER_ERROR")
+    for times in (1, 2):
+        tunnel.cut(stay_closed=True)
+        wait_for("it is given up", lambda: fetch(f"{left.url}/health/live").status == 503)
+        wait_for(
+            "it says so, once each time", lambda times=times: left.log.read_text().count("WORKER_ERROR: ") == times
+        )
+        tunnel.is_open = True
+        wait_for("it is taken back", lambda: fetch(f"{left.url}/health/live").status == 200)
+        assert left.log.read_text().count("WORKER_READY") == times + 1
 
 
 def test_of_two_hundred_clients_those_who_stay_get_their_own_result(
