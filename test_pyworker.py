@@ -1737,7 +1737,7 @@ def test_the_operators_receiver_may_be_private(start: Callable[..., Worker], rec
 
 
 @pytest.mark.parametrize(
-    "address", ["8.8.8.8", "1.1.1.1", "100.63.255.255", "172.32.0.1", "2606:4700::1111", "2a00::1"]
+    "address", ["8.8.8.8", "1.1.1.1", "100.63.255.255", "172.32.0.1", "2606:4700::1111", "64:ff9b::8.8.8.8"]
 )
 def test_a_public_address_is_public(address: str) -> None:
     assert pyworker.is_public(address)
@@ -2002,9 +2002,17 @@ def test_a_comfyui_that_is_frozen_counts_as_away(start: Callable[..., Worker], t
         assert (answer.status, answer.error["type"]) == (502, "comfyui_lost"), answer.json
 
 
-def test_comfyui_is_reached_directly_whatever_proxy_is_set(start: Callable[..., Worker]) -> None:
-    proxies = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:1")
-    assert start(**proxies).post({"workflow_json": picture()}).status == 200
+def test_what_a_request_names_is_reached_directly_whatever_proxy_is_set(
+    start: Callable[..., Worker], s3: S3, receiver: Receiver, files: FileServer
+) -> None:
+    files.files["/x.png"], dead = some_png(), "http://127.0.0.1:1"
+    proxied = start(http_proxy=dead, HTTP_PROXY=dead, https_proxy=dead, all_proxy=dead)  # ComfyUI is reached as well
+    input = {"workflow_json": inverted(f"{files.url}/x.png"), "s3": s3.request, "webhook": {"url": receiver.url}}
+    answer = proxied.post(input)
+    assert answer.status == 200 and fetch(answer.json["output"][0]["url"]).body.startswith(PNG), answer.json
+    assert receiver.wait_for(1)
+    operators = start(http_proxy=dead, **s3.environ).post({"workflow_json": picture()})
+    assert operators.error["type"] == "upload_failed", "a proxy that the operator set for S3 is heeded"
 
 
 # Delivery #############################################################################################################
