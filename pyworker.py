@@ -487,17 +487,19 @@ MAGIC = re.compile(  # what the formats that ComfyUI loads begin with, by their 
     rb"|(?P<mp3>ID3|\xff[\xfb\xf3\xf2])|(?P<glb>glTF)",
     re.DOTALL,
 )
-V6_PUBLIC = ipaddress.IPv6Network("2000::/3")  # all that IANA has given out; what embeds IPv4 elsewhere is left out
-V6_SPECIAL = [ipaddress.IPv6Network(each) for each in ("2001::/23", "2002::/16", "3fff::/20")]
-V4_SPECIAL = [ipaddress.IPv4Network(each) for each in ("192.0.0.0/24", "192.88.99.0/24", "224.0.0.0/4")]
+V6_PUBLIC = ipaddress.ip_network("2000::/3")  # all that IANA has given out
+V4_IN_V6 = [ipaddress.ip_network(each) for each in ("::ffff:0:0/96", "64:ff9b::/96")]  # mapped, and NAT64's
+SPECIAL = "192.0.0.0/24 192.88.99.0/24 224.0.0.0/4 2001::/23 2002::/16 3fff::/20"  # that is_global lets through
+SPECIAL_RANGES = [ipaddress.ip_network(each) for each in SPECIAL.split()]
 
 
 def is_public(address: str) -> bool:
-    """Whether the IP address is one of the public Internet; `is_global` alone lets special ones through."""
+    """Whether the IP address is one of the public Internet."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        return ip.is_global and ip in V6_PUBLIC and not any(ip in each for each in V6_SPECIAL)
-    return ip.is_global and not any(ip in each for each in V4_SPECIAL)
+    if any(ip in each for each in V4_IN_V6):
+        return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+    is_routed = ip.is_global and (ip.version == 4 or ip in V6_PUBLIC)
+    return is_routed and not any(ip in each for each in SPECIAL_RANGES)
 
 
 def public_places(host: str, port: int) -> list[Any]:
@@ -1160,6 +1162,10 @@ def deliver(job: Job, outputs: list[Output], comfyui: ComfyUI) -> JobError | Non
     if not job.outputs and not failure(job.entry):
         made = "only previews (type temp), which are not delivered" if outputs else "no outputs"
         job.warnings.append(f"the job made {made}; use a node that saves, such as SaveImage")
+    return _deliver_files(job, comfyui)
+
+
+def _deliver_files(job: Job, comfyui: ComfyUI) -> JobError | None:
     return next(filter(None, at_once(functools.partial(_deliver_file, job, comfyui), job.files)), None)
 
 
@@ -1222,8 +1228,7 @@ def choose(job: Job, comfyui: ComfyUI) -> None:
     made = ", ".join(output["mimetype"] for output in job.files) or "no file"
     error = JobError(406, "not_acceptable", f"no output is {job.accept}; there is {made}")
     job.accept = JSON
-    deliver(job, job.outputs, comfyui)
-    raise error
+    raise _deliver_files(job, comfyui) or error
 
 
 def _upload(job: Job, comfyui: ComfyUI, output: Output, preview: str) -> None:
@@ -1236,7 +1241,7 @@ def _upload(job: Job, comfyui: ComfyUI, output: Output, preview: str) -> None:
     where = {"Bucket": job.settings.s3_bucket_name, "Key": job.settings.s3_prefix + key}
     # without threads a stream is uploaded in 8 MB of memory instead of 120
     config = TransferConfig(use_threads=False)
-    client = s3_client(job.settings)
+    client = s3_client(job.settings, "s3_endpoint_url" in job.chosen)
     try:
         with comfyui.open(output, preview) as file:
             client.upload_fileobj(file, *where.values(), {"ContentType": output["mimetype"]}, Config=config)
@@ -1249,14 +1254,16 @@ def _upload(job: Job, comfyui: ComfyUI, output: Output, preview: str) -> None:
     output.pop("upload_error", None)  # of a try before this one
 
 
-def s3_client(settings: Settings) -> Any:
-    """A boto3 client for the settings' S3; 400 where none can be made."""
+def s3_client(settings: Settings, is_direct: bool = False) -> Any:
+    """A boto3 client for the settings' S3, past any proxy if it is to be `is_direct`; 400 where none can be made."""
     names = ("access_key_id", "secret_access_key", "endpoint_url", "region", "connect_timeout", "connect_attempts")
-    return _s3_client(*(getattr(settings, f"s3_{name}") or None for name in names))
+    return _s3_client(is_direct, *(getattr(settings, f"s3_{name}") or None for name in names))
 
 
 @functools.lru_cache(maxsize=32)  # making a client takes 100 ms; threads can share it
-def _s3_client(key: Any, secret: Any, endpoint: Any, region: Any, timeout: float, attempts: int) -> Any:
+def _s3_client(
+    is_direct: bool, key: Any, secret: Any, endpoint: Any, region: Any, timeout: float, attempts: int
+) -> Any:
     try:
         import boto3
         from botocore.config import Config
@@ -1271,6 +1278,7 @@ def _s3_client(key: Any, secret: Any, endpoint: Any, region: Any, timeout: float
         response_checksum_validation="when_required",
         connect_timeout=timeout,
         read_timeout=timeout,
+        proxies={} if is_direct else None,
         retries={"mode": "standard", "total_max_attempts": attempts},
     )
     region = region or ("us-east-1" if endpoint else None)
@@ -1522,7 +1530,7 @@ class Worker:
             if job.distrusts(name):
                 check_public(name.replace("_", ".", 1), getattr(job.settings, name))
         if job.settings.s3_bucket_name:
-            s3_client(job.settings)
+            s3_client(job.settings, "s3_endpoint_url" in job.chosen)
         if job.modifier:
             self._build(job)
         places: dict[str, list[tuple[dict[str, Any], str]]] = {}

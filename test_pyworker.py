@@ -40,6 +40,7 @@ import os
 import pathlib
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -58,7 +59,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillRunning
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import aiohttp
@@ -246,7 +247,8 @@ class Nodes:
     def SaveLatent(run, samples, filename_prefix):
         """samples LATENT, filename_prefix STRING "latents/ComfyUI" ->"""
         shape = [samples.batch_size, 4, samples.height // 8, samples.width // 8]
-        content = json.dumps(shape).encode() + random.Random(samples.content).randbytes(4 * math.prod(shape))
+        size, block = 4 * math.prod(shape), random.Random(samples.content).randbytes(1 << 16)
+        content = json.dumps(shape).encode() + (block * (size // len(block) + 1))[:size]
         return {"latents": save(run, "output", filename_prefix, ".latent", [content])}
 
     def CreateVideo(run, images, fps, audio=None):
@@ -826,12 +828,12 @@ def serve_stand_in(port: int, folder: pathlib.Path, step_seconds: float = 0.01):
 # What the tests stand on ##############################################################################################
 
 
-def wait_for(what: str, check: Callable[[], Any], seconds: float = 30) -> Any:
+def wait_for(what: str, check: Callable[[], Any], seconds: float = 30, pause: float = 0.02) -> Any:
     """What `check` returns once it is true; a server that starts has no event to wait for."""
     deadline = time.monotonic() + seconds
     while not (found := check()):
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.02)
+        time.sleep(pause)
     return found
 
 
@@ -1226,7 +1228,7 @@ def test_a_setting_that_cannot_be_read_stops_the_worker_with_one_line(variables:
     environ = {"PATH": os.environ["PATH"], **variables}
     done = subprocess.run([sys.executable, "pyworker.py"], env=environ, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 1
-    assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("WORKER_ERROR: ") and message in done.stderr and done.stderr.count("\n") == 1
     assert "hunter2" not in done.stderr, "a secret was printed"
 
 
@@ -1470,7 +1472,8 @@ def test_a_picture_may_come_from_anywhere(worker: Worker, files: FileServer, s3:
     answer = worker.post({"workflow_json": inverted(sources[place]())})
     assert answer.status == 200, answer.json
     made = pixels(base64.b64decode(answer.json["output"][0]["data"]))
-    assert made == bytes(255 - each for each in pixels(content))
+    off = [abs(255 - before - after) for before, after in zip(pixels(content), made, strict=True)]
+    assert max(off) <= 1, "ComfyUI's numbers are floats, and cut off"
 
 
 def test_the_same_file_is_stored_once_and_cached(worker: Worker, files: FileServer) -> None:
@@ -1747,7 +1750,7 @@ def test_the_operators_receiver_may_be_private(start: Callable[..., Worker], rec
 
 
 @pytest.mark.parametrize(
-    "address", ["8.8.8.8", "1.1.1.1", "100.63.255.255", "172.32.0.1", "2606:4700::1111", "2a00::1"]
+    "address", ["8.8.8.8", "1.1.1.1", "100.63.255.255", "172.32.0.1", "2606:4700::1111", "64:ff9b::8.8.8.8"]
 )
 def test_a_public_address_is_public(address: str) -> None:
     assert pyworker.is_public(address)
@@ -2012,9 +2015,17 @@ def test_a_comfyui_that_is_frozen_counts_as_away(start: Callable[..., Worker], t
         assert (answer.status, answer.error["type"]) == (502, "comfyui_lost"), answer.json
 
 
-def test_comfyui_is_reached_directly_whatever_proxy_is_set(start: Callable[..., Worker]) -> None:
-    proxies = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:1")
-    assert start(**proxies).post({"workflow_json": picture()}).status == 200
+def test_what_a_request_names_is_reached_directly_whatever_proxy_is_set(
+    start: Callable[..., Worker], s3: S3, receiver: Receiver, files: FileServer
+) -> None:
+    files.files["/x.png"], dead = some_png(), "http://127.0.0.1:1"
+    proxied = start(http_proxy=dead, HTTP_PROXY=dead, https_proxy=dead, all_proxy=dead)  # ComfyUI is reached as well
+    input = {"workflow_json": inverted(f"{files.url}/x.png"), "s3": s3.request, "webhook": {"url": receiver.url}}
+    answer = proxied.post(input)
+    assert answer.status == 200 and fetch(answer.json["output"][0]["url"]).body.startswith(PNG), answer.json
+    assert receiver.wait_for(1)
+    operators = start(http_proxy=dead, **s3.environ).post({"workflow_json": picture()})
+    assert operators.error["type"] == "upload_failed", "a proxy that the operator set for S3 is heeded"
 
 
 # Delivery #############################################################################################################
@@ -2897,6 +2908,7 @@ def test_a_gpu_that_breaks_is_told_until_comfyui_has_restarted(
         assert waiting[1].result(60).error["type"] == "execution_failed"
         assert fetch(f"{behind.url}/health").json["status"] == "faulted"
         assert (behind.health().status, fetch(f"{behind.url}/health/live").status) == (503, 503)
+        assert behind.logged("WORKER_ERROR: ")
         refused = behind.post({"workflow_json": picture()})
         assert (refused.status, refused.error["type"]) == (503, "comfyui_unavailable") and "GPU" in refused.error[
             "message"
@@ -2931,6 +2943,22 @@ def test_the_faults_of_a_gpu_are_known(message: str) -> None:
 def test_a_comfyui_that_is_loading_or_away_is_no_reason_to_kill_the_worker(start: Callable[..., Worker]) -> None:
     early = start(ready=False, COMFYUI_API_BASE=f"http://127.0.0.1:{free_port()}")
     assert (early.health().status, fetch(f"{early.url}/health/live").status) == (503, 200)
+    assert not early.logged("WORKER_READY") and not early.logged("WORKER_ERROR")
+
+
+def test_a_comfyui_that_stays_away_is(start: Callable[..., Worker], comfyui_url: str) -> None:
+    tunnel = Tunnel(comfyui_url)
+    left = start(COMFYUI_API_BASE=tunnel.url, COMFYUI_RETURN_TIMEOUT=2)
+    assert left.logged("WORKER_READY") and not left.logged("WORKER_ERROR")
+    for times in (1, 2):
+        tunnel.cut(stay_closed=True)
+        wait_for("it is given up", lambda: fetch(f"{left.url}/health/live").status == 503)
+        wait_for(
+            "it says so, once each time", lambda times=times: left.log.read_text().count("WORKER_ERROR: ") == times
+        )
+        tunnel.is_open = True
+        wait_for("it is taken back", lambda: fetch(f"{left.url}/health/live").status == 200)
+        assert left.log.read_text().count("WORKER_READY") == times + 1
 
 
 def test_of_two_hundred_clients_those_who_stay_get_their_own_result(
@@ -4056,13 +4084,13 @@ def test_metrics_add_up_with_what_clients_see(start: Callable[..., Worker], s3: 
     made = [counted.post({"workflow_json": picture(), "webhook": {"url": receiver.url}}) for _ in range(3)]
     made.append(counted.post({"workflow_json": picture(), "s3": s3.request}))
     made.append(counted.post({"workflow_json": picture()}, {"Accept": "image/png"}))
-    running = in_background(counted.post, {"workflow_json": long_job(60)})
+    running = in_background(counted.post, {"workflow_json": long_job(30)})
     wait_for("it runs", lambda: samples(counted)["pyworker_jobs_running"] == 1)
     waiting = in_background(counted.post, {"workflow_json": picture()})
     wait_for("one waits", lambda: samples(counted)["pyworker_jobs_waiting"] == 1)
     assert counted.post({"workflow_json": picture()}).status == 503
     assert counted.post({"workflow_json": {"1": node("EmptyImage")}}).status == 503
-    made += [running.result(120), waiting.result(60)]
+    made += [running.result(300), waiting.result(60)]
     assert counted.post({}).status == 400
     assert counted.post({"workflow_json": {"1": node("NoSuchNode")}}).status == 422
     receiver.wait_for(3)
@@ -4277,8 +4305,9 @@ def test_the_demo_gives_a_picture_with_the_command_it_prints(tmp_path: pathlib.P
 
 @pytest.mark.parametrize("code", blocks("bash", "curl"), ids=lambda code: code[-60:])
 def test_the_readmes_commands_work(
-    start: Callable[..., Worker], s3: S3, receiver: Receiver, tmp_path: pathlib.Path, code: str
+    start: Callable[..., Worker], s3: S3, receiver: Receiver, files: FileServer, tmp_path: pathlib.Path, code: str
 ) -> None:
+    files.files["/cat.png"] = some_png()
     stands_for = {
         "http://127.0.0.1:8000": start().url,
         "https://s3.example.com": s3.endpoint,
@@ -4286,6 +4315,7 @@ def test_the_readmes_commands_work(
         "my-key-id": s3.keys[0],
         "my-secret-key": s3.keys[1],
         "https://example.com/hook": receiver.url,
+        "https://example.com/cat.png": f"{files.url}/cat.png",
         '"width": 512, "height": 512, "steps": 20': '"width": 64, "height": 64, "steps": 2',  # a CPU takes minutes
         '"steps": 4': '"steps": 4, "width": 64, "height": 64',
     }
@@ -4404,10 +4434,20 @@ def test_the_readmes_tables_are_complete() -> None:
         assert row[1].strip("` ") == shown, each.name
 
 
+def test_the_readmes_metrics_are_those_there_are() -> None:
+    table = re.search(r"^\| `pyworker_…`.*?\n\n", README, re.MULTILINE | re.DOTALL)
+    assert (
+        table
+        and set(re.findall(r"`(\w+?_(?:total|running|waiting|seconds|up))\b", table[0])) == pyworker.METRICS.keys()
+    )
+
+
 def test_the_benchmark_measures_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
-    bench(None, 5)
+    bench(None, 5, scale=0.01)
     printed = capsys.readouterr().out
     assert "a stand-in for ComfyUI, no real one" in printed and "MB at its peak" in printed
+    figures = [line for line in printed.partition(FIGURES_HEAD)[2].splitlines() if line.startswith("| ")]
+    assert len(figures) == 8 and all(re.search(r"\d", line.split(" | ")[1]) for line in figures), printed
     rows = [line.split(" | ") for line in printed.splitlines() if re.match(r"\| \d", line)]
     assert len(rows) == len(BENCH) and all(len(row) == 10 and float(row[5]) > 0 for row in rows), printed
     assert [line for line in README.splitlines() if line.startswith("| clients |")] == [BENCH_HEAD.split("\n")[1]]
@@ -4495,24 +4535,26 @@ class ByWorker:
         return len(base64.b64decode(file["data"])) if "data" in file else int(file["size"])
 
 
-def timed(driver: Any, jobs: int, size: int) -> list[float]:
+def timed(driver: Any, jobs: int, make_graph: Callable[[], Any]) -> list[float]:
     """The milliseconds of each of so many jobs, one after the other."""
     times = []
     folder = f"bench-{uuid.uuid4().hex[:8]}"  # of its own: SaveImage looks through all that is there
     for _ in range(jobs):
-        graph = picture(size=size, prefix=f"{folder}/picture")
+        graph = make_graph()
+        for each in graph.values():
+            each["inputs"] |= {"filename_prefix": f"{folder}/picture"} if each["class_type"] == "SaveImage" else {}
         began = time.perf_counter()
         assert driver.run(graph) > 0
         times.append((time.perf_counter() - began) * 1000)
     return times
 
 
-def load(make: Callable[[], Any], clients: int, jobs: int, size: int) -> tuple[list[float], float]:
+def load(make: Callable[[], Any], clients: int, jobs: int, make_graph: Callable[[], Any]) -> tuple[list[float], float]:
     """The milliseconds of each job that so many clients have run, and the jobs per second of all together."""
     drivers = [make() for _ in range(clients)]
     with ThreadPoolExecutor(clients) as pool:
         began = time.perf_counter()
-        parts = list(pool.map(lambda driver: timed(driver, -(-jobs // clients), size), drivers))
+        parts = list(pool.map(lambda driver: timed(driver, -(-jobs // clients), make_graph), drivers))
         took = time.perf_counter() - began
     times = [each for part in parts for each in part]
     return times, len(times) / took
@@ -4536,46 +4578,187 @@ BENCH_HEAD = """
 |---|---|---|---|---|---|---|---|---|---|"""  # noqa: E501
 
 
-def compare(by_hand: Callable[[], Any], by_worker: Callable[[], Any], clients: int, size: int, jobs: int) -> list[Any]:
-    """Both by turns, five rounds: latencies in ms (lists), then jobs/s (medians of the rounds), by hand first."""
+def compare(one: Callable[[], Any], other: Callable[[], Any], clients: int, jobs: int, graph: Any) -> list[Any]:
+    """Both by turns, five rounds: latencies in ms (lists), then jobs/s (medians of the rounds)."""
     times: tuple[list[float], list[float]] = ([], [])
     rates: tuple[list[float], list[float]] = ([], [])
     for number in range(10):
         turn = (number + number // 2) % 2  # who is first changes from round to round
-        found, rate = load((by_hand, by_worker)[turn], clients, jobs // 5, size)
+        found, rate = load((one, other)[turn], clients, max(clients, jobs // 5), graph)
         times[turn].extend(found)
         rates[turn].append(rate)
     return [*map(sorted, times), *map(statistics.median, rates)]
 
 
-def bench(comfyui: str | None, jobs: int) -> None:
-    """Prints what the worker adds to ComfyUI driven by hand, measured side by side in one run; on Linux."""
+@contextlib.contextmanager
+def bench_worker(url: str, folder: pathlib.Path, graph: Any = None, **more: Any) -> Iterator[tuple[int, str]]:
+    """The process id and the URL of a fresh worker; warm, if there is a graph, which is run first with what is more."""
+    worker_url = f"http://127.0.0.1:{free_port()}"
+    variables = {"COMFYUI_API_BASE": url, "PORT": worker_url.rpartition(":")[2], "ALLOW_PRIVATE_ADDRESSES": "true"}
+    variables |= {"MAX_QUEUE_SIZE": "5000", "OUTPUT_BASE64_MAX_BYTES": str(1 << 30)}
+    command = (sys.executable, str(HERE / "pyworker.py"))
+    with process(*command, log=folder / "worker.log", env=os.environ | variables) as running:
+        wait_for("the worker is ready", lambda: answers(f"{worker_url}/health") and fetch(f"{worker_url}/health"))
+        if graph:
+            assert fetch(f"{worker_url}/generate/sync", {"input": {"workflow_json": graph, **more}}).status == 200
+        yield running.pid, worker_url
+
+
+def bench(comfyui: str | None, jobs: int, scale: float = 1) -> None:
+    """Prints what the worker adds to ComfyUI driven by hand, measured side by side in one run; on Linux.
+
+    scale: of the sizes and numbers in the second table.
+    """
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         url = comfyui or stack.enter_context(stand_in(free_port(), folder))
         s3 = stack.enter_context(seaweedfs(folder))
-        worker_url = f"http://127.0.0.1:{free_port()}"
-        variables = {"COMFYUI_API_BASE": url, "PORT": worker_url.rpartition(":")[2], "ALLOW_PRIVATE_ADDRESSES": "true"}
-        environ = os.environ | variables
-        command = (sys.executable, str(HERE / "pyworker.py"))
-        running = stack.enter_context(process(*command, log=folder / "worker.log", env=environ))
-        wait_for("the worker is ready", lambda: answers(f"{worker_url}/health") and fetch(f"{worker_url}/health"))
-        at_rest, about = memory_mb(running.pid, "VmRSS"), fetch(f"{worker_url}/health").json["comfyui"]
+        process_id, worker_url = stack.enter_context(bench_worker(url, folder))
+        at_rest, about = memory_mb(process_id, "VmRSS"), fetch(f"{worker_url}/health").json["comfyui"]
         kind = f"ComfyUI {about['version']} on {about['device']}" if comfyui else "a stand-in for ComfyUI, no real one"
         print(f"{kind}; {os.cpu_count()} CPU cores; Python {sys.version.split()[0]}\n{BENCH_HEAD}")
         for clients, size, with_s3 in BENCH:
+            graph = functools.partial(picture, size=size)
             by_worker = functools.partial(ByWorker, worker_url, s3 if with_s3 else None)
-            load(by_worker, clients, clients, size)  # warms both up
-            before = cpu_ms(running.pid)
-            hand, worker, hand_rate, rate = compare(functools.partial(ByHand, url), by_worker, clients, size, jobs)
-            spent = (cpu_ms(running.pid) - before) / len(worker)
+            load(by_worker, clients, clients, graph)  # warms both up
+            before = cpu_ms(process_id)
+            hand, worker, hand_rate, rate = compare(functools.partial(ByHand, url), by_worker, clients, jobs, graph)
+            spent = (cpu_ms(process_id) - before) / len(worker)
             both = [f"{each[len(each) // 2]:.1f}, {each[len(each) * 95 // 100]:.1f}" for each in (hand, worker)]
             ratio = worker[len(worker) // 2] / hand[len(hand) // 2]
             cells = [clients, f"{size}x{size}", "S3" if with_s3 else "the answer", *both, f"{ratio:.2f}"]
             cells += [f"{hand_rate:.1f}", f"{rate:.1f}", f"{rate / hand_rate:.2f}", f"{spent:.1f}"]
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
-        peak = memory_mb(running.pid, "VmHWM")
+        peak = memory_mb(process_id, "VmHWM")
         print(f"\nThe worker's memory: {at_rest:.0f} MB at rest, {peak:.0f} MB at its peak.")
+        print(FIGURES_HEAD)
+        for name, value in figures(url, folder, s3, scale):
+            print(f"| {name} | {value} |", flush=True)
+
+
+FIGURES_HEAD = "\n| what else | |\n|---|---|"
+
+
+class SlowTunnel(Tunnel):
+    """Makes each upload to S3 take that much longer, as a far one does."""
+
+    seconds = 0.0
+
+    def inspect(self, said: bytes, answer: bytes) -> bytes:
+        if said.startswith(b"PUT"):
+            time.sleep(self.seconds)
+        return answer
+
+
+def large_latent(size: float) -> dict[str, Any]:
+    """A workflow whose output is a file of about that many bytes."""
+    batch_size = math.ceil(size / (64 << 20))
+    shape = dict(width=max(16, round(size / batch_size * 4 / 16384) // 8 * 8), height=16384, batch_size=batch_size)
+    return {"1": node("EmptyLatentImage", **shape), "2": node("SaveLatent", samples=["1", 0], filename_prefix="large")}
+
+
+def growth_mb(process_id: int, action: Callable[[], Any]) -> float:
+    """How far the memory of the process goes up while the action runs."""
+    pathlib.Path(f"/proc/{process_id}/clear_refs").write_text("5")  # its peak begins anew
+    before = memory_mb(process_id, "VmRSS")
+    action()
+    return memory_mb(process_id, "VmHWM") - before
+
+
+def drained(url: str, input: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+    """Has a job done, and throws its answer away as it comes."""
+    request = urllib.request.Request(f"{url}/generate/sync", json.dumps({"input": input}).encode(), headers or {})
+    with urllib.request.urlopen(request, timeout=600) as response:
+        while response.read(1 << 20):
+            pass
+
+
+def figures(url: str, folder: pathlib.Path, s3: S3, scale: float) -> Iterator[tuple[str, str]]:
+    """What the worker needs for large files, a long queue and a slow S3: name and value, one after the other."""
+    starts = [start_ms(url) for _ in range(math.ceil(15 * scale))]
+    yield "starts to listen after (median)", f"{statistics.median(starts):.0f} ms"
+    for size, more, headers, name in (
+        (1e9, {"return_outputs_as_base64": False}, {"Accept": "application/octet-stream"}, "{} as bytes"),
+        (1e9, {"s3": s3.request}, {}, "{} to S3"),
+        (6e7, {}, {}, "{} as base64"),
+    ):
+        with bench_worker(url, folder, picture(), **more) as (process_id, worker_url):
+            input = {"workflow_json": large_latent(size * scale), **more}
+            grown = growth_mb(process_id, functools.partial(drained, worker_url, input, headers))
+        yield f"{name.format(f'an output of {size * scale / 1e6:g} MB')}: memory grows by", f"{grown:.0f} MB"
+    yield from input_figure(url, folder, 9e7 * scale)
+    yield from overlap_figure(url, folder, s3, scale)
+    yield from queue_figures(url, folder, math.ceil(1000 * scale))
+
+
+def start_ms(url: str) -> float:
+    """The milliseconds from the start of a worker to its first connection."""
+    port = free_port()
+    environ = os.environ | {"COMFYUI_API_BASE": url, "PORT": str(port)}
+    began = time.perf_counter()
+    with subprocess.Popen([sys.executable, str(HERE / "pyworker.py")], env=environ, stderr=subprocess.DEVNULL) as run:
+        try:
+            wait_for("it listens", functools.partial(listens, port), pause=0.001)
+            return (time.perf_counter() - began) * 1000
+        finally:
+            run.kill()
+
+
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
+
+
+def input_figure(url: str, folder: pathlib.Path, size: float) -> Iterator[tuple[str, str]]:
+    with bench_worker(url, folder, picture()) as (process_id, worker_url):
+        made = fetch(f"{worker_url}/generate/sync", {"input": {"workflow_json": large_latent(size)}})
+        files = FileServer()
+        files.files["/large.latent"] = base64.b64decode(made.json["output"][0]["data"])
+    again = {"1": node("LoadLatent", latent=f"{files.url}/large.latent"), "2": large_latent(1)["2"]}
+    with bench_worker(url, folder, picture()) as (process_id, worker_url):
+        input = {"workflow_json": again, "return_outputs_as_base64": False}
+        grown = growth_mb(process_id, functools.partial(drained, worker_url, input))
+    yield f"an input of {size / 1e6:g} MB: memory grows by", f"{grown:.0f} MB"
+
+
+def overlap_figure(url: str, folder: pathlib.Path, s3: S3, scale: float) -> Iterator[tuple[str, str]]:
+    tunnel = SlowTunnel(s3.endpoint)
+    graph = functools.partial(text2image, steps=15)
+    with bench_worker(url, folder, graph(), s3=s3.request) as (_, worker_url):
+        plain = functools.partial(ByWorker, worker_url)
+        _, rate = load(plain, 4, math.ceil(20 * scale), graph)
+        tunnel.seconds = 1 / rate
+        slow = functools.partial(ByWorker, worker_url, replace(s3, endpoint=tunnel.url))
+        # many at a time: the last upload of each round has no generation to hide behind
+        *_, rate, slow_rate = compare(plain, slow, 4, math.ceil(300 * scale), graph)
+    name = f"jobs of {1000 / rate:.0f} ms, uploads that take as long: jobs/s over those without S3"
+    yield name, f"{slow_rate:.2f} / {rate:.2f} = {slow_rate / rate:.2f}"
+
+
+def queue_figures(url: str, folder: pathlib.Path, waiting: int) -> Iterator[tuple[str, str]]:
+    """The cost of a long queue: memory, and the time that jobs before it take on the GPU."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    with bench_worker(url, folder, text2image()) as (process_id, worker_url), contextlib.ExitStack() as stack:
+        worker = Worker(worker_url, folder / "worker.log", None)  # type: ignore[arg-type]
+        times: dict[int, list[int]] = {0: [], waiting: []}
+        grown = [0.0]
+        for number in (0, waiting):
+            running = in_background(worker.post, {"workflow_json": long_job(300)})
+            wait_for("it runs", lambda: worker.health().json["running"])
+            jobs = [in_background(worker.post, {"workflow_json": text2image(steps=15)}) for _ in range(8)]
+            wait_for("they wait", functools.partial(in_line, worker, 8))
+            before = memory_mb(process_id, "VmRSS")
+            for _ in range(number):
+                stack.enter_context(connect(worker, {"workflow_json": picture()}))
+            wait_for("all wait", functools.partial(in_line, worker, 8 + number), 120)
+            grown.append(memory_mb(process_id, "VmRSS") - before)
+            running.result(300)
+            times[number] = [job.result(300).json["timings"]["generation_ms"] for job in jobs]
+    yield f"{waiting} waiting requests: memory grows by", f"{grown[-1]:.0f} MB"
+    medians = [statistics.median(each) for each in times.values()]
+    name = f"generation with {waiting} waiting over that with none (medians)"
+    yield name, f"{medians[1]:.0f} / {medians[0]:.0f} ms = {medians[1] / medians[0]:.2f}"
 
 
 def run_bench(arguments: list[str]) -> None:
