@@ -199,10 +199,18 @@ def fill(graph: Graph, modifications: dict[str, Any]) -> Graph:
     left = {target: value for target, value in _inputs(graph) if target not in values}
     missing = {name for value in left.values() for name in _placeholders(value) if (name,) not in values}
     problems += [f"{name} is missing, which the workflow has a placeholder for" for name in sorted(missing)]
+    problems += [f"{'.'.join(target)} is not below steps: name both" for target in _skipped(graph, values)]
     if problems:
         _refuse(graph, sorted(known | {name for name, role in PROMPTS.items() if _texts(graph, role)}), problems)
     values |= {target: _replace(value, values) for target, value in left.items()}
     return {key: {**graph[key], "inputs": {name: values[key, name] for name in graph[key]["inputs"]}} for key in graph}
+
+
+def _skipped(graph: Graph, values: dict[Target, Any]) -> list[Target]:
+    """Where samplers share their steps: the starts of those that would be left nothing to do by new steps."""
+    now = {**dict(_inputs(graph)), **values}
+    starts = {target: (target[0], "start_at_step") for target in values if target[1:] == ("steps",)}
+    return [each for steps, each in starts.items() if isinstance(now.get(each), int) and 0 < now[each] >= now[steps]]
 
 
 def _kinds(graph: Graph, target: Target) -> list[str]:
@@ -284,12 +292,9 @@ def _targets(graph: Graph, name: str) -> list[Target]:
 
 def _literals(graph: Graph, targets: list[Target]) -> list[Target]:
     """Those of the inputs that hold a value, and for those linked to a node that is nothing but a number, that one."""
-
-    def step(source: str) -> list[str]:
-        return [*graph[source]["inputs"]] if len(graph[source]["inputs"]) == 1 else []
-
     kinds = dict.fromkeys(targets, (str, int, float))
-    found = {target: _value(graph, target) for target in _reached(graph, targets, step)}
+    reached = _reached(graph, targets, lambda id: [*graph[id]["inputs"]] if len(graph[id]["inputs"]) == 1 else [])
+    found = {target: _value(graph, target) for target in reached}
     return [target for target, value in found.items() if isinstance(value, kinds.get(target, (int, float)))]
 
 

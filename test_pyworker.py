@@ -3677,6 +3677,17 @@ def test_a_modification_lands_where_it_is_meant_or_is_refused_with_the_choices(w
     ]
 
 
+def test_steps_that_leave_a_sampler_nothing_to_do_are_refused() -> None:
+    graph = sdxl_with_refiner()
+    assert modifiers.fill(graph, {"steps": 17})["11"]["inputs"]["steps"] == 17
+    with pytest.raises(modifiers.InvalidModification, match=r"11\.start_at_step is not below steps"):
+        modifiers.fill(graph, {"steps": 16})
+    made = modifiers.fill(graph, {"steps": 10, "10.end_at_step": 8, "11.start_at_step": 8})
+    assert (made["11"]["inputs"]["steps"], made["11"]["inputs"]["start_at_step"]) == (10, 8)
+    graph["11"]["inputs"]["start_at_step"] = ["5", 0]  # whatever that is
+    assert modifiers.fill(graph, {"steps": 10})["11"]["inputs"]["steps"] == 10
+
+
 def test_texts_that_differ_are_refused_unless_one_encoder_has_them_all() -> None:
     graph = flux()
     graph["2:1"]["inputs"]["value"] = "of the text node"
