@@ -931,16 +931,17 @@ def comfyui_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def stand_in_process(port: int, folder: pathlib.Path) -> Iterator[subprocess.Popen[bytes]]:
-    command = (sys.executable, __file__, "comfyui", "--port", str(port), "--folder", str(folder))
+def stand_in_process(port: int, folder: pathlib.Path, step_seconds: float = 0.01) -> Iterator[subprocess.Popen[bytes]]:
+    options = {"--port": port, "--folder": folder, "--step-seconds": step_seconds}
+    command = (sys.executable, __file__, "comfyui", *(str(each) for option in options.items() for each in option))
     with process(*command, log=folder / "log") as running:
         wait_for("the stand-in is up", lambda: answers(f"http://127.0.0.1:{port}/system_stats"))
         yield running
 
 
 @contextlib.contextmanager
-def stand_in(port: int, folder: pathlib.Path) -> Iterator[str]:
-    with stand_in_process(port, folder):
+def stand_in(port: int, folder: pathlib.Path, step_seconds: float = 0.01) -> Iterator[str]:
+    with stand_in_process(port, folder, step_seconds):
         yield f"http://127.0.0.1:{port}"
 
 
@@ -4504,6 +4505,114 @@ def test_the_images_start_command_keeps_comfyui_up_and_passes_signals_on(tmp_pat
             assert running.wait(30) == 0, "the worker has the shell's process"
         finally:
             os.killpg(running.pid, signal.SIGKILL)
+
+
+# More than one machine ################################################################################################
+
+
+@pytest.fixture
+def fleet(start: Callable[..., Worker], tmp_path: pathlib.Path) -> Iterator[list[Worker]]:
+    """Three workers, each with a ComfyUI of its own, the stand-in, in which a job is waiting and little else."""
+    with contextlib.ExitStack() as stack:
+        workers = []
+        for number in range(3):
+            (folder := tmp_path / str(number)).mkdir()
+            workers.append(start(COMFYUI_API_BASE=stack.enter_context(stand_in(free_port(), folder, 0.05))))
+        yield workers
+
+
+@pytest.fixture
+def folder() -> Iterator[pathlib.Path]:
+    """One with a name short enough for a Unix socket in it."""
+    with tempfile.TemporaryDirectory(prefix="engine-") as made:
+        yield pathlib.Path(made)
+
+
+ENGINES = ["haproxy", "nginx"]
+NGINX = """user root; daemon off; master_process off; pid {folder}/pid; error_log {folder}/errors;
+events {{ }}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/1; proxy_temp_path {folder}/2; fastcgi_temp_path {folder}/3;
+    uwsgi_temp_path {folder}/4; scgi_temp_path {folder}/5;
+    {config}
+}}
+"""
+
+
+@contextlib.contextmanager
+def balancer(engine: str, workers: list[Worker], folder: pathlib.Path) -> Iterator[Worker]:
+    """The README's configuration of the engine, with these workers behind it; used like one of them."""
+    program = shutil.which(engine, path=os.pathsep.join([os.environ["PATH"], "/usr/sbin"]))
+    if not program:
+        pytest.skip(f"there is no {engine} on this machine: apt-get install haproxy nginx-light")
+    (config,) = blocks(engine)
+    port = free_port()
+    config = config.replace("127.0.0.1:8080", f"127.0.0.1:{port}").replace("/run/haproxy", str(folder))
+    for number, worker in enumerate(workers):
+        assert f"127.0.0.1:800{number}" in config
+        config = config.replace(f"127.0.0.1:800{number}", worker.url[7:])
+    (file := folder / "config").write_text(config if engine == "haproxy" else NGINX.format(**locals()))
+    checked, run = {"haproxy": (["-c", "-f"], ["-f"]), "nginx": (["-t", "-c"], ["-c"])}[engine]
+    verdict = subprocess.run([program, *checked, str(file)], capture_output=True, text=True, timeout=60)
+    assert verdict.returncode == 0 and "warning" not in verdict.stderr.lower(), verdict.stderr
+    with process(program, *run, str(file), log=folder / "log") as running:
+        front = Worker(f"http://127.0.0.1:{port}", folder / "log", running)
+        wait_for(f"{engine} is up", lambda: answers(f"{front.url}/health"))
+        yield front
+
+
+def shares(workers: list[Worker]) -> list[int]:
+    """How many jobs each has completed, by its log."""
+    return [len(re.findall(r"job \S+ completed", worker.log.read_text())) for worker in workers]
+
+
+def short_job(number: int) -> dict[str, Any]:
+    """A job of 100 ms, in a body that fills most of what HAProxy keeps of a request."""
+    return {"request_id": f"job{number}", "workflow_json": text2image(), "padding": "x" * 250_000}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_jobs_are_spread_and_no_client_notices_a_worker_that_ends(
+    fleet: list[Worker], folder: pathlib.Path, engine: str
+) -> None:
+    with balancer(engine, fleet, folder) as front, ThreadPoolExecutor(12) as clients:
+        assert {answer.status for answer in clients.map(front.post, map(short_job, range(45)))} == {200}
+        assert min(shares(fleet)) >= 10, shares(fleet)
+        jobs = [clients.submit(front.post, short_job(number)) for number in range(60)]
+        for part, worker, number in ((15, fleet[0], signal.SIGKILL), (30, fleet[1], signal.SIGTERM)):
+            wait_for("some have ended", lambda part=part: sum(job.done() for job in jobs) >= part)
+            assert worker.health().json["running"], "it ends in the middle of a job"
+            worker.process.send_signal(number)
+        answers = [job.result(120) for job in jobs]
+    assert [answer.status for answer in answers] == [200] * 60, next(each for each in answers if each.status != 200)
+    assert [answer.json["id"] for answer in answers] == [f"job{number}" for number in range(60)]
+    assert all(base64.b64decode(answer.files[0]["data"]).startswith(PNG) for answer in answers)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_streams_and_hang_ups_pass_a_balancer(fleet: list[Worker], folder: pathlib.Path, engine: str) -> None:
+    comfyuis = [worker.health().json["comfyui"]["url"] for worker in fleet]
+    with balancer(engine, fleet, folder) as front:
+        for accept in ("text/event-stream", "application/json"):
+            with connect(front, {"workflow_json": long_job(5000), "accept": accept}) as connection:
+                wait_for("the job runs", lambda: any(map(running_prompts, comfyuis)))
+                seen = b""
+                while accept == "text/event-stream" and b"event: progress" not in seen:
+                    seen += connection.recv(1 << 16)
+            wait_for("the prompt is off the GPU", lambda: not any(map(running_prompts, comfyuis)))
+
+
+def test_a_worker_can_be_taken_out_of_rotation_and_put_back(fleet: list[Worker], folder: pathlib.Path) -> None:
+    drain, back = re.findall(r'^echo "(set server .*)" \| socat - /run/haproxy/admin.sock$', README, re.MULTILINE)
+    with balancer("haproxy", fleet, folder) as front, ThreadPoolExecutor(6) as clients:
+        for command, is_used in ((drain, False), (back, True)):
+            with socket.socket(socket.AF_UNIX) as admin:
+                admin.connect(str(folder / "admin.sock"))
+                admin.sendall(f"{command}\n".encode())
+                assert not admin.recv(1000).strip(), "HAProxy only complains"
+            assert {answer.status for answer in clients.map(front.post, map(short_job, range(12)))} == {200}
+            assert bool(shares(fleet)[0]) == is_used, shares(fleet)
 
 
 # The benchmark ########################################################################################################
