@@ -4480,6 +4480,14 @@ def test_the_readmes_install_command_works(comfyui_url: str, tmp_path: pathlib.P
         wait_for("the worker is up", lambda: answers(f"http://127.0.0.1:{port}/health"), 180)
 
 
+def stand_in_for_main(folder: pathlib.Path, port: int) -> pathlib.Path:
+    """Puts a main.py in ComfyUI's place that starts the stand-in; returns the file that has its process id."""
+    pid, command = folder / "pid", [sys.executable, __file__, "comfyui", "--folder", str(folder), "--port", str(port)]
+    start = f"os.execv({sys.executable!r}, {command!r})"
+    (folder / "main.py").write_text(f"import os; open({str(pid)!r}, 'w').write(str(os.getpid())); {start}")
+    return pid
+
+
 def test_the_images_start_command_keeps_comfyui_up_and_passes_signals_on(tmp_path: pathlib.Path) -> None:
     """The Dockerfile's CMD, with a main.py in ComfyUI's place that starts the stand-in."""
     dockerfile = (HERE / "Dockerfile").read_text()
@@ -4488,14 +4496,12 @@ def test_the_images_start_command_keeps_comfyui_up_and_passes_signals_on(tmp_pat
     assert command
     port, comfyui_port = free_port(), free_port()
     script = command[1].replace("\\\n", "").replace('\\"', '"').replace("--port 8188", f"--port {comfyui_port}")
-    stand_in_command = [sys.executable, __file__, "comfyui", "--folder", str(tmp_path), "--port", str(comfyui_port)]
-    main = f"import os; open('pid', 'w').write(str(os.getpid())); os.execv({sys.executable!r}, {stand_in_command!r})"
-    (tmp_path / "main.py").write_text(main)
+    pid = stand_in_for_main(tmp_path, comfyui_port)
     for name in ("pyworker.py", "modifiers.py"):
         shutil.copy(HERE / name, tmp_path)
     paths = {"COMFYUI_INSTALL_PATH": str(tmp_path), "COMFYUI_API_BASE": f"http://127.0.0.1:{comfyui_port}"}
     environ = python_first({**os.environ, **paths, "PORT": str(port), "COMFYUI_ARGS": ""})
-    log, pid = tmp_path / "log", tmp_path / "pid"
+    log = tmp_path / "log"
     with process("sh", "-c", script, log=log, env=environ, cwd=tmp_path, start_new_session=True) as running:
         try:
             wait_for("the worker is ready", lambda: answers(f"http://127.0.0.1:{port}/health"))
@@ -4776,6 +4782,38 @@ def run_vast_client(python: str, autoscaler: Autoscaler, folder: pathlib.Path) -
     )
     assert done.returncode == 0, done.stderr.decode()
     assert (folder / "cat.png").read_bytes().startswith(PNG)
+
+
+def test_vasts_instance_outlives_its_comfyui_and_tells_of_a_broken_gpu(
+    vast_python: str, tmp_path: pathlib.Path
+) -> None:
+    """The README's start command, with a main.py in ComfyUI's place that starts the stand-in."""
+    autoscaler, port, comfyui_port = Autoscaler(), free_port(), free_port()
+    log = tmp_path / "pyworker.log"
+    log.write_text("WORKER_ERROR: of an earlier start\n")
+    for name in ("pyworker.py", "modifiers.py"):
+        shutil.copy(HERE / name, tmp_path)
+    (tmp_path / "worker.py").write_text(vast_worker(str(port), log))
+    pid = stand_in_for_main(tmp_path, comfyui_port)
+    (script,) = blocks("bash", "python worker.py")
+    script = script.replace("/opt/ComfyUI/main.py", str(tmp_path / "main.py")).replace(
+        "/var/log/pyworker.log", str(log)
+    )
+    environ = vast_environ(autoscaler) | {"PORT": str(port), "COMFYUI_API_BASE": f"http://127.0.0.1:{comfyui_port}"}
+    environ["PATH"] = os.pathsep.join([str(pathlib.Path(vast_python).parent), environ["PATH"]])
+    command = ("bash", "-c", script)
+    with process(*command, log=tmp_path / "log", env=environ, cwd=tmp_path, start_new_session=True) as running:
+        try:
+            autoscaler.wait_for("the worker is reported loaded", is_loaded)
+            os.kill(int(pid.read_text()), signal.SIGKILL)
+            wait_for("the worker found it again", lambda: log.read_text().count("WORKER_READY") == 2)
+            url = f"{autoscaler.worker_url}/generate/sync"
+            assert fetch(url, autoscaler.envelope({"workflow_json": picture()})).status == 200
+            assert not any(report["error_msg"] for report in autoscaler.reports)
+            assert fetch(url, autoscaler.envelope({"workflow_json": broken(GPU_FAULTS[0])})).status == 500
+            autoscaler.wait_for("the fault is reported", lambda report: report["error_msg"])
+        finally:
+            os.killpg(running.pid, signal.SIGKILL)
 
 
 # The benchmark ########################################################################################################
