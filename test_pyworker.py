@@ -4573,6 +4573,14 @@ def balancer(engine: str, workers: list[Worker], folder: pathlib.Path) -> Iterat
         yield front
 
 
+def counted(workers: list[Worker], sample: str) -> float:
+    """The sum of what their metrics say."""
+    pattern = re.compile(rf"^pyworker_{re.escape(sample)} (\S+)$", re.MULTILINE)
+    return sum(
+        float(value) for worker in workers for value in pattern.findall(fetch(f"{worker.url}/metrics").body.decode())
+    )
+
+
 def shares(workers: list[Worker]) -> list[int]:
     """How many jobs each has completed, by its log."""
     return [len(re.findall(r"job \S+ completed", worker.log.read_text())) for worker in workers]
@@ -4590,6 +4598,8 @@ def test_jobs_are_spread_and_no_client_notices_a_worker_that_ends(
     with balancer(engine, fleet, folder) as front, ThreadPoolExecutor(12) as clients:
         assert {answer.status for answer in clients.map(front.post, map(short_job, range(45)))} == {200}
         assert min(shares(fleet)) >= 10, shares(fleet)
+        samples = ['jobs_total{outcome="completed"}', "cost_total", "generation_seconds_count", "jobs_running"]
+        assert [counted(fleet, sample) for sample in samples] == [45, 4500, 45, 0]
         jobs = [clients.submit(front.post, short_job(number)) for number in range(60)]
         for part, worker, number in ((15, fleet[0], signal.SIGKILL), (30, fleet[1], signal.SIGTERM)):
             wait_for("some have ended", lambda part=part: sum(job.done() for job in jobs) >= part)
@@ -4788,8 +4798,9 @@ def run_vast_client(python: str, autoscaler: Autoscaler, folder: pathlib.Path) -
     assert (folder / "cat.png").read_bytes().startswith(PNG)
 
 
-def test_vasts_instance_outlives_its_comfyui_and_tells_of_a_broken_gpu(
-    vast_python: str, tmp_path: pathlib.Path
+@pytest.mark.parametrize("end", ["its GPU breaks", "its ComfyUI stays away"])
+def test_vasts_instance_outlives_a_restart_of_comfyui_and_tells_when_there_is_no_way_back(
+    vast_python: str, tmp_path: pathlib.Path, end: str
 ) -> None:
     """The README's start command, with a main.py in ComfyUI's place that starts the stand-in."""
     autoscaler, port, comfyui_port = Autoscaler(), free_port(), free_port()
@@ -4804,6 +4815,7 @@ def test_vasts_instance_outlives_its_comfyui_and_tells_of_a_broken_gpu(
         "/var/log/pyworker.log", str(log)
     )
     environ = vast_environ(autoscaler) | {"PORT": str(port), "COMFYUI_API_BASE": f"http://127.0.0.1:{comfyui_port}"}
+    environ["COMFYUI_RETURN_TIMEOUT"] = "12"
     environ["PATH"] = os.pathsep.join([str(pathlib.Path(vast_python).parent), environ["PATH"]])
     command = ("bash", "-c", script)
     with process(*command, log=tmp_path / "log", env=environ, cwd=tmp_path, start_new_session=True) as running:
@@ -4814,8 +4826,12 @@ def test_vasts_instance_outlives_its_comfyui_and_tells_of_a_broken_gpu(
             url = f"{autoscaler.worker_url}/generate/sync"
             assert fetch(url, autoscaler.envelope({"workflow_json": picture()})).status == 200
             assert not any(report["error_msg"] for report in autoscaler.reports)
-            assert fetch(url, autoscaler.envelope({"workflow_json": broken(GPU_FAULTS[0])})).status == 500
-            autoscaler.wait_for("the fault is reported", lambda report: report["error_msg"])
+            if end == "its GPU breaks":
+                assert fetch(url, autoscaler.envelope({"workflow_json": broken(GPU_FAULTS[0])})).status == 500
+            else:
+                (tmp_path / "main.py").write_text("raise SystemExit(1)")
+                os.kill(int(pid.read_text()), signal.SIGKILL)
+            autoscaler.wait_for("it is reported", lambda report: report["error_msg"])
             lines = re.findall(r'on_error=\["(.*)"\]', (tmp_path / "worker.py").read_text())
             assert log.read_text().count(lines[0]) == 1, "of the log that the SDK reads, only this start's lines count"
         finally:
