@@ -4839,6 +4839,19 @@ def test_vasts_instance_outlives_a_restart_of_comfyui_and_tells_when_there_is_no
             os.killpg(running.pid, signal.SIGKILL)
 
 
+def test_no_client_can_write_the_lines_that_an_engine_looks_for(start: Callable[..., Worker], comfyui_url: str) -> None:
+    """Vast.ai's SDK looks for the words anywhere in a line, and marks the instance for good."""
+    own, words = start(), ("WORKER_ERROR: x", "WORKER_READY")
+    for word in words:
+        assert own.post({"workflow_json": text2image(ckpt_name=word)}).status == 422
+        assert own.post({"workflow_json": {**picture(), "5": node(word)}}).status == 422
+        assert own.post({"modifier": word}).status == 400
+        assert own.post({"modifier": "Text2Image", "modifications": {word: 1}}).status == 400
+        assert own.post({"request_id": word[:12], "workflow_json": picture()}).status == 200
+    log = own.log.read_text()
+    assert (log.count("WORKER_ERROR"), log.count("WORKER_READY")) == (0, 1), log
+
+
 def test_the_systemd_units_are_in_order(tmp_path: pathlib.Path) -> None:
     if not shutil.which("systemd-analyze"):
         pytest.skip("there is no systemd-analyze on this machine")
