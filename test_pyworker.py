@@ -4609,6 +4609,7 @@ def test_jobs_are_spread_and_no_client_notices_a_worker_that_ends(
     assert [answer.status for answer in answers] == [200] * 60, next(each for each in answers if each.status != 200)
     assert [answer.json["id"] for answer in answers] == [f"job{number}" for number in range(60)]
     assert all(base64.b64decode(answer.files[0]["data"]).startswith(PNG) for answer in answers)
+    assert counted(fleet[2:], samples[0]) == shares(fleet)[2], "the metrics of the one that is left still add up"
 
 
 @pytest.mark.parametrize("engine", ENGINES)
