@@ -4637,6 +4637,26 @@ def test_a_worker_can_be_taken_out_of_rotation_and_put_back(fleet: list[Worker],
             assert bool(shares(fleet)[0]) == is_used, shares(fleet)
 
 
+def test_a_comfyui_that_pauses_takes_no_worker_out_of_rotation(
+    start: Callable[..., Worker], folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    port = free_port()
+    with stand_in_process(port, tmp_path) as comfyui:
+        workers = [start(COMFYUI_API_BASE=f"http://127.0.0.1:{port}") for _ in range(3)]
+        with balancer("haproxy", workers, folder) as front:
+            comfyui.send_signal(signal.SIGSTOP)
+            for worker in workers:
+                wait_for("a probe waits for it", functools.partial(takes_long, worker.health))
+            comfyui.send_signal(signal.SIGCONT)
+            assert front.health().status == 200 and not front.logged("is DOWN"), front.log.read_text()
+
+
+def takes_long(call: Callable[[], Any]) -> bool:
+    began = time.monotonic()
+    call()
+    return time.monotonic() - began > 0.5
+
+
 class Autoscaler:
     """Stands for Vast.ai's autoscaler and web server: keeps what is reported, and signs what it sends to a worker."""
 
