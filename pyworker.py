@@ -1928,10 +1928,21 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 # Command line #########################################################################################################
 
 
+class Lines(logging.Formatter):
+    """Keeps the lines that engines look for, WORKER_READY and WORKER_ERROR, out of what strangers have us log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record, as text."""
+        text = super().format(record)
+        return text if str(record.msg).startswith("WORKER_") else re.sub("WORKER_(?=READY|ERROR)", "WORKER-", text)
+
+
 def main() -> None:
     """Runs the worker until it is told to stop by SIGTERM or SIGINT; a second signal stops it at once."""
     given = {name: value for name, value in vars(_parser().parse_args()).items() if value is not None}
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(Lines("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler])
     log.setLevel(logging.INFO)  # and the libraries at their warnings
     try:
         settings = Settings.read({**os.environ, **given})
