@@ -915,7 +915,7 @@ class ComfyUI:
                 progress.update(about["nodes"])
 
     def _note_fault(self, job: Job, message: str) -> None:
-        if FAULT.match(message):
+        if FAULT.match(message) and self._fault != job.prompt_id:
             log.error("WORKER_ERROR: job %s has broken the GPU; nothing runs until ComfyUI restarts", job.request_id)
             self._fault = job.prompt_id
             self._note(False)
@@ -1928,11 +1928,11 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 # Command line #########################################################################################################
 
 
-class Lines(logging.Formatter):
-    """Keeps the lines that engines look for, WORKER_READY and WORKER_ERROR, out of what strangers have us log."""
+class LogFormatter(logging.Formatter):
+    """Keeps the words that engines look for, WORKER_READY and WORKER_ERROR, out of what strangers have us log."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One record, as text."""
+        """The record as text."""
         text = super().format(record)
         return text if str(record.msg).startswith("WORKER_") else re.sub("WORKER_(?=READY|ERROR)", "WORKER-", text)
 
@@ -1941,7 +1941,7 @@ def main() -> None:
     """Runs the worker until it is told to stop by SIGTERM or SIGINT; a second signal stops it at once."""
     given = {name: value for name, value in vars(_parser().parse_args()).items() if value is not None}
     handler = logging.StreamHandler()
-    handler.setFormatter(Lines("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler])
     log.setLevel(logging.INFO)  # and the libraries at their warnings
     try:
