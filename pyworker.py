@@ -608,11 +608,11 @@ def _open(source: str, is_public_only: bool) -> Iterator[Any]:
         if not is_url(source):
             raise ValueError(f"it is not {URL_WORDS}")
         with request(source, INPUT_SECONDS, is_public_only=is_public_only) as answer:
-            if answer.status not in (301, 302, 303, 307, 308):
-                if answer.status != 200:
-                    raise ValueError(f"its server answered with {answer.status}")
+            if answer.status == 200:
                 yield answer
                 return
+            if answer.status not in (301, 302, 303, 307, 308):
+                raise ValueError(f"its server answered with {answer.status}")
             source = urllib.parse.urljoin(source, answer.headers.get("Location", ""))
     raise ValueError("it redirects too often")
 
@@ -626,12 +626,12 @@ def fetch(source: str, limit: int, is_public_only: bool) -> tuple[BinaryIO, str]
     shown = re.sub("//[^/]*@", "//", re.split("[?,]", source)[0])  # without passwords, signatures and data
     try:
         with _open(source, is_public_only) as answer:
-            for chunk in iter(lambda: answer.read(CHUNK_BYTES), b""):
+            for chunk in iter(lambda: answer.read(CHUNK_BYTES) if file.tell() <= limit else b"", b""):
                 digest.update(chunk)
                 file.write(chunk)
-                if file.tell() > limit:
-                    raise ValueError(f"it has more than the {limit} bytes of MAX_INPUT_BYTES")
             mimetype = answer.headers.get_content_type()
+        if file.tell() > limit:
+            raise ValueError(f"it has more than the {limit} bytes of MAX_INPUT_BYTES")
     except (*CONNECTION_LOST, ValueError) as error:
         raise invalid(f"the input {shown:.200} cannot be had: {error}", "input_unavailable") from None
     file.seek(0)
@@ -767,7 +767,7 @@ class ComfyUI:
                 self._kept.clear()
                 self._note(False)
                 self._tell_job("connection_lost")
-                if self.is_beyond_hope and not is_given_up:
+                if self.is_beyond_hope and not is_given_up and not self._fault:  # which was told of
                     log.error("WORKER_ERROR: ComfyUI is not back in order after %g s", limit)
                 is_given_up = self.is_beyond_hope
             pause.wait(RECONNECT_SECONDS)  # nobody tells when a server comes up
@@ -1702,11 +1702,8 @@ CONNECTION_SECONDS = 30  # without a byte on a connection that owes us some
 DRAIN_SECONDS = 5  # for a client to see its refusal while it is still sending
 READ = ["GET", "HEAD"]
 ROUTES = {"/generate/sync": ["POST"], "/health": READ, "/health/live": READ, "/metrics": READ}
-STATUS_HEADERS = {
-    202: {"Preference-Applied": "respond-async"},
-    401: {"WWW-Authenticate": "Bearer"},
-    503: {"Retry-After": "5"},
-}
+PREFERENCE = {"Preference-Applied": "respond-async"}
+STATUS_HEADERS = {202: PREFERENCE, 401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
 KEEP_ALIVE_SECONDS = 15  # between the comments of an event stream; proxies end silent connections after 50 or 60 s
 
 
@@ -1758,9 +1755,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         wanted, given = f"Bearer {worker.settings.auth_token}", self.headers.get("Authorization", "")
         if worker.settings.auth_token and not hmac.compare_digest(wanted.encode(), given.encode("latin-1")):
-            raise JobError(
-                401, "unauthorized", "this worker needs the header 'Authorization: Bearer <token>' with its token"
-            )
+            raise JobError(401, "unauthorized", "send the worker's token in the header 'Authorization: Bearer <token>'")
         if path == "/metrics":
             self._send(200, "text/plain; version=0.0.4; charset=utf-8", [worker.metrics().encode()])
         else:
@@ -1950,9 +1945,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"WORKER_ERROR: {error}")
     except OSError as error:
-        sys.exit(
-            f"WORKER_ERROR: cannot listen on {settings.worker_host} port {settings.port} (another: --port N): {error}"
-        )
+        sys.exit(f"WORKER_ERROR: cannot listen on {settings.worker_host} port {settings.port} (see --port): {error}")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, functools.partial(_stop, server))
     with contextlib.suppress(ImportError, ValueError, OSError):  # Linux' usual limit of 1024 is soon reached
@@ -1963,8 +1956,6 @@ def main() -> None:
     log.info("ComfyUI PyWorker %s listens on http://%s:%s", __version__, *server.server_address[:2])
     _warn(settings)
     log.info("modifiers: %s", ", ".join(server.worker.modifiers) or "none, as modifiers.py is not beside pyworker.py")
-    names = {"S3": settings.s3_bucket_name, "webhook": settings.webhook_url, "token": settings.auth_token}
-    log.info("; ".join(f"{name}: {'set' if value else 'not set'}" for name, value in names.items()))
     log.info("waiting for ComfyUI at %s; to start one: python main.py in its folder", settings.comfyui_api_base)
     threading.Thread(target=server.worker.comfyui.listen, name="websocket", daemon=True).start()
     server.serve_forever()
