@@ -3902,10 +3902,11 @@ def test_image2image_begins_with_the_picture_and_keeps_its_size_unless_told(work
     ]
 
 
-def test_image2image_takes_a_url_and_a_data_uri(worker: Worker, files: FileServer) -> None:
+def test_image2image_takes_a_url_and_a_data_uri(worker: Worker, files: FileServer, s3: S3) -> None:
     for color, size in (("red", (64, 96)), ("blue", (72, 64))):
         files.files["/cat"] = content = encoded(Image.new("RGB", size, color), "PNG")
-        for image in (f"{files.url}/cat?{color}", f"data:image/png;base64,{base64.b64encode(content).decode()}"):
+        data = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+        for image in (f"{files.url}/cat?{color}", data, presigned(s3, content)):
             modifications = {"input_image": image, "prompt": image, "steps": 1}
             answer = worker.post({"modifier": "Image2Image", "modifications": modifications})
             assert answer.status == 200, answer.body
