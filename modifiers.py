@@ -19,11 +19,10 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import types
-import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from types import UnionType
+from typing import Any, NoReturn, Protocol, Union, get_args, get_origin
 
 Graph = dict[str, dict[str, Any]]  # node id -> {"class_type": …, "inputs": {…}}
 
@@ -101,19 +100,18 @@ def _arguments(function: Callable[..., Graph], modifications: dict[str, Any]) ->
 def _parameters(function: Callable[..., Graph]) -> dict[str, dict[str, Any]]:
     """The schema: {name: {"type": ["integer", …], "default": …}}, without "default" where one is required."""
     schema: dict[str, dict[str, Any]] = {}
-    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:  # stands for Text2Image's other parameters
+    for name, each in inspect.signature(function, eval_str=True).parameters.items():
+        if each.kind is each.VAR_KEYWORD:  # stands for Text2Image's other parameters
             schema = {**schema, **_parameters(Text2Image), **schema}
-        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD):
+        if each.kind in (each.KEYWORD_ONLY, each.VAR_KEYWORD):
             continue
-        union = typing.get_origin(parameter.annotation) in (typing.Union, types.UnionType)
-        kinds = typing.get_args(parameter.annotation) if union else (parameter.annotation,)
+        kinds = get_args(each.annotation) if get_origin(each.annotation) in (Union, UnionType) else (each.annotation,)
         if not set(kinds) <= TYPE_NAMES.keys():
             raise ValueError(f"{function.__name__}: {name} needs a type: str, int, float, bool, or a union of them")
         schema[name] = {"type": [TYPE_NAMES[kind] for kind in kinds]}
-        if parameter.default is not parameter.empty:
-            _convert(f"{function.__name__}: the default of {name}", parameter.default, schema[name]["type"])
-            schema[name]["default"] = parameter.default
+        if each.default is not each.empty:
+            _convert(f"{function.__name__}: the default of {name}", each.default, schema[name]["type"])
+            schema[name]["default"] = each.default
     return schema
 
 
@@ -190,15 +188,17 @@ def fill(graph: Graph, modifications: dict[str, Any]) -> Graph:
             targets = [(name.casefold(),)] if name.casefold() in known else _targets(graph, name)
             converted = {target: _convert(name, value, _kinds(graph, target)) for target in targets}
             if any(values.get(target, each) != each for target, each in converted.items()):
-                raise InvalidModification(f"{name} is for an input that another one of the modifications is for")
+                raise InvalidModification(f"{name} sets an input that another modification sets as well")
             values |= converted
         except InvalidModification as error:
             problems.append(str(error))
             if len(problems) == 10:
                 break
     left = {target: value for target, value in _inputs(graph) if target not in values}
-    missing = {name for value in left.values() for name in _placeholders(value) if (name,) not in values}
-    problems += [f"{name} is missing, which the workflow has a placeholder for" for name in sorted(missing)]
+    asked = {name for value in left.values() for name in _placeholders(value)}
+    given = {target[0] for target in values if not target[1:]}
+    problems += [f"{name} is missing, which the workflow has a placeholder for" for name in sorted(asked - given)]
+    problems += [f"{name} fills a text that another modification replaces" for name in sorted(given - asked)]
     problems += [f"{'.'.join(target)} is not below steps: name both" for target in _skipped(graph, values)]
     if problems:
         _refuse(graph, sorted(known | {name for name, role in PROMPTS.items() if _texts(graph, role)}), problems)

@@ -135,7 +135,7 @@ def read_signing_key(secret: Any) -> bytes:
     raise ValueError("has to be 'whsec_' and base64, as the Standard Webhooks specification has it")
 
 
-URL_WORDS = "an http:// or https:// URL in plain ASCII, without a password, such as http://127.0.0.1:8188/path"
+URL_WORDS = "an http:// or https:// URL in plain ASCII, without a password, such as https://example.com/path"
 read_text = matching(r"(?s:.*)", "a string")
 read_plain = matching(r"[!-~]+", "a string in plain ASCII, without spaces")
 read_flag = reader("true or false", lambda value: isinstance(value, bool))
@@ -368,13 +368,14 @@ def fill_random(value: Any) -> Any:
 def read_graph(graph: Any) -> Graph:
     """The graph, random numbers filled in, if ComfyUI can be asked to run it: it answers some of the rest with 500."""
     if not isinstance(graph, dict):
-        raise ValueError("has to be an object of nodes in ComfyUI's API format")
+        raise ValueError("has to be an object of nodes in ComfyUI's API format, and no text")
     if isinstance(graph.get("nodes"), list):
         message = "the workflow is in the editor's own format; in ComfyUI, use Workflow > Export (API) and send that"
         raise invalid(message, "editor_format")
     for node_id, node in graph.items():
         if not isinstance(node, dict) or not isinstance(node.get("class_type"), str):
-            raise ValueError(f"is not in API format: node {node_id!r} has to be an object with a class_type (a string)")
+            hint = "; of a body for ComfyUI's /prompt, send what is in its prompt" if node_id == "prompt" else ""
+            raise ValueError(f"is not in API format: node {node_id!r} has to have a class_type (a string){hint}")
         if not isinstance(node.get("inputs"), dict):
             raise ValueError(f"is not in API format: node {node_id!r} has to have inputs (an object)")
     return {node_id: fill_random(node) for node_id, node in graph.items()}
@@ -420,11 +421,12 @@ def read_job(job: Job, request: dict[str, Any]) -> None:
     unknown = [name for name in given if given[name] not in BLANK and name not in FIELDS and name not in GROUPS]
     beside = [f"{name}, beside input," for name in request if name in FIELDS or name in GROUPS]
     job.warnings = [f"{name:.50} is no field of a request; it was ignored" for name in sorted(unknown) + beside]
-    if ("modifier" in known) == ("workflow_json" in known):
-        given_are = "both" if "modifier" in known else f"neither; unknown: {', '.join(unknown[:5]) or 'nothing':.200}"
-        raise invalid(f"give exactly one of modifier and workflow_json in input, not {given_are}")
     if "modifications" in known and "modifier" not in known:
         raise invalid("modifications go with a modifier; with workflow_json, put the values into the workflow itself")
+    if ("modifier" in known) == ("workflow_json" in known):
+        given_are = "both" if "modifier" in known else "neither"
+        misspelt = f"; unknown: {', '.join(unknown[:5]):.200}" if unknown else ""
+        raise invalid(f"give exactly one of modifier and workflow_json in input, not {given_are}{misspelt}")
     _override(job, {OVERRIDES[name]: known.pop(name) for name in OVERRIDES if name in known})
     job.workflow, job.extra_params = known.pop("workflow_json", {}), known.pop("webhook.extra_params", {})
     job.return_outputs_as_base64 = not job.settings.s3_bucket_name
@@ -602,6 +604,9 @@ def _reuse(kept: Kept, seconds: float) -> http.client.HTTPConnection | None:
 @contextlib.contextmanager
 def _open(source: str, is_public_only: bool) -> Iterator[Any]:
     if source[:5].lower() == "data:":
+        head, _, data = source.partition(",")
+        if head.endswith(";base64") and not re.fullmatch(r"[A-Za-z0-9+/=%\s]*", data):  # the rest would be left out
+            raise ValueError("its base64 has other characters in it")
         yield urllib.request.DataHandler().data_open(urllib.request.Request(source))
         return
     for _ in range(MAX_REDIRECTS + 1):
@@ -632,6 +637,8 @@ def fetch(source: str, limit: int, is_public_only: bool) -> tuple[BinaryIO, str]
             mimetype = answer.headers.get_content_type()
         if file.tell() > limit:
             raise ValueError(f"it has more than the {limit} bytes of MAX_INPUT_BYTES")
+        if mimetype == "text/html" or not file.tell():
+            raise ValueError("it is a web page, and no file" if file.tell() else "it is empty")
     except (*CONNECTION_LOST, ValueError) as error:
         raise invalid(f"the input {shown:.200} cannot be had: {error}", "input_unavailable") from None
     file.seek(0)
@@ -686,7 +693,7 @@ def understanding() -> Iterator[None]:
 
 def odd_answer(words: str) -> JobError:
     """An answer of ComfyUI that no worker can use."""
-    return JobError(502, "comfyui_error", f"ComfyUI answered {words}; its log may say why")
+    return JobError(502, "comfyui_error", f"ComfyUI answered {words}; is it ComfyUI, and what does its log say?")
 
 
 class ComfyUI:
@@ -1033,9 +1040,11 @@ class ComfyUI:
                 listed = ", ".join(choices[:50]) + (f" and {len(choices) - 50} more" if len(choices) > 50 else "")
                 is_file = isinstance(value, str) and re.search(r"\.\w{2,12}$", value)
                 return f"{name} {value!r} is not {'installed' if is_file else 'a choice'}; there is: {listed or 'none'}"
+        if re.search(r"Invalid \w+ file", details):
+            return f"{details:.200} (it has to lie in ComfyUI's input folder; or give its URL, http(s):// or data:)"
         if error["type"].startswith("exception_during") and details.strip("'") not in graph and details[:1] == "'":
             return f"it is linked to node {details}, which is not in the workflow"
-        return f"{error['message']}: {details}".rstrip(": ")
+        return f"{error['message']}: {details:.500}".rstrip(": ")
 
     @understanding()
     def choices(self, class_type: str, name: str) -> list[str]:
@@ -1657,7 +1666,9 @@ class Worker:
         self._stopping = True
         self._line.close()
         grace = self.settings.shutdown_grace
-        log.info("stopping: %d requests and webhooks under way get %g s", self._under_way, grace)
+        log.info(
+            "stopping: %d requests and webhooks under way get %g s (a second signal ends it)", self._under_way, grace
+        )
         with self._changed:
             if not self._changed.wait_for(lambda: not self._under_way, grace):
                 for job in self._line.jobs[:1]:
@@ -1681,7 +1692,7 @@ def envelope(job: Job, error: JobError | None) -> dict[str, Any]:
     answer = {
         "id": job.request_id,
         "status": error.outcome if error else "completed",
-        "message": error.message if error else f"outputs delivered: {len(job.outputs)}",
+        "message": error.message if error else f"outputs: {len(job.outputs)}",
         "output": job.outputs,
         "seeds": seeds(job.workflow),
         "timings": {
@@ -1939,6 +1950,8 @@ def main() -> None:
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler])
     log.setLevel(logging.INFO)  # and the libraries at their warnings
+    # of a modifiers.py that cannot be imported, too
+    sys.excepthook = lambda *error: log.critical("WORKER_ERROR: the worker cannot start: %s", error[1], exc_info=error)
     try:
         settings = Settings.read({**os.environ, **given})
         server = Server(Worker(settings))
@@ -1954,7 +1967,7 @@ def main() -> None:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     log.info("ComfyUI PyWorker %s listens on http://%s:%s", __version__, *server.server_address[:2])
-    _warn(settings)
+    threading.Thread(target=_warn, args=[settings], name="warnings", daemon=True).start()
     log.info("modifiers: %s", ", ".join(server.worker.modifiers) or "none, as modifiers.py is not beside pyworker.py")
     log.info("waiting for ComfyUI at %s; to start one: python main.py in its folder", settings.comfyui_api_base)
     threading.Thread(target=server.worker.comfyui.listen, name="websocket", daemon=True).start()
@@ -1985,6 +1998,14 @@ def _warn(settings: Settings) -> None:
         log.warning("AUTH_TOKEN is not set: whoever reaches %s can use the GPU", settings.worker_host)
     if settings.s3_access_key_id and not settings.s3_bucket_name:
         log.warning("S3 keys are set but no S3_BUCKET_NAME: S3 is off for requests that name no bucket")
+    for name in ("comfyui_install_path", "workflow_file", "workflows_dir"):
+        if not os.path.exists(getattr(settings, name) or "."):
+            log.warning("%s leads nowhere: %s", name.upper(), getattr(settings, name))
+    try:
+        if settings.s3_bucket_name:
+            s3_client(settings)  # which the first job need not make then
+    except JobError as error:
+        log.warning("jobs that use S3 will be refused: %s", error)
 
 
 def _stop(server: Server, number: int, frame: Any) -> None:

@@ -1238,6 +1238,23 @@ def test_a_setting_that_cannot_be_read_stops_the_worker_with_one_line(variables:
     assert "hunter2" not in done.stderr, "a secret was printed"
 
 
+@pytest.mark.parametrize("code", ["import numpyy", "def x(:", "1 / 0"])
+def test_modifiers_that_cannot_be_imported_stop_the_worker(tmp_path: pathlib.Path, code: str) -> None:
+    shutil.copy(HERE / "pyworker.py", tmp_path)
+    (tmp_path / "modifiers.py").write_text(code)
+    done = subprocess.run([sys.executable, "pyworker.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "WORKER_ERROR: the worker cannot start: " in done.stderr and "modifiers.py" in done.stderr
+
+
+def test_what_an_operator_misspelt_is_told_at_start(start: Callable[..., Worker], tmp_path: pathlib.Path) -> None:
+    nowhere = {"WORKFLOWS_DIR": tmp_path / "nowhere", "WORKFLOW_FILE": tmp_path / "no.json"}
+    told = start(**nowhere, S3_BUCKET_NAME="bucket", HOME=tmp_path)
+    for name, value in nowhere.items():
+        wait_for(f"{name} is warned of", functools.partial(told.logged, f"WARNING {name} leads nowhere: {value}"))
+    wait_for("the keys are missed", lambda: told.logged("WARNING jobs that use S3 will be refused: there are no keys"))
+
+
 def test_a_port_that_is_taken_stops_the_worker_with_one_line(worker: Worker) -> None:
     port = worker.url.rpartition(":")[2]
     done = subprocess.run([sys.executable, "pyworker.py", "--port", port], cwd=HERE, capture_output=True, text=True)
@@ -1298,8 +1315,8 @@ BROKEN_RULES = [
     ({"modifer": "Text2Image"}, "not neither; unknown: modifer"),
     ({"workflow_json": {"1": {"class_type": "X", "inputs": {}}}, "modifications": {"steps": 1}}, "go with a modifier"),
     ({"workflow_json": "{}"}, "workflow_json has to be an object"),
-    ({"workflow_json": {"1": 5}}, "node '1' has to be an object with a class_type"),
-    ({"workflow_json": {"1": {"class_type": []}}}, "node '1' has to be an object with a class_type"),
+    ({"workflow_json": {"1": 5}}, "node '1' has to have a class_type"),
+    ({"workflow_json": {"1": {"class_type": []}}}, "node '1' has to have a class_type"),
     ({"workflow_json": {"1": {"class_type": "X"}}}, "node '1' has to have inputs"),
     ({"workflow_json": {"1": {"class_type": "X", "inputs": []}}}, "node '1' has to have inputs"),
     ({"request_id": 5}, "request_id has to be"),
@@ -1563,6 +1580,8 @@ UNAVAILABLE = {
     "/large": (bytes(1001), "more than the 1000 bytes of MAX_INPUT_BYTES"),
     "/loop": ((302, {"Location": "/loop"}, b""), "it redirects too often"),
     "/nowhere": ((302, {}, b""), "it redirects too often"),
+    "/page": ((200, {"Content-Type": "text/html; charset=utf-8"}, b"<html>"), "it is a web page"),
+    "/empty": (b"", "it is empty"),
     "/ftp": ((302, {"Location": "ftp://127.0.0.1/x.png"}, b""), "it is not an http:// or https:// URL"),
 }
 
@@ -1590,6 +1609,8 @@ def test_an_input_that_cannot_be_had_says_why(frugal: Worker, files: FileServer,
         ("http://127.0.0.1:1/x.png", "Connection refused"),
         ("data:image/png;base64", "cannot be had"),
         ("data:image/png;base64,abc", "cannot be had"),
+        ("data:image/png;base64,@@@=", "its base64 has other characters in it"),
+        ("data:image/png;base64,", "it is empty"),
         (f"data:,{'x' * 1001}", "MAX_INPUT_BYTES"),
     ],
     ids=lambda value: value[:30],
@@ -1843,7 +1864,7 @@ REJECTED = {
     ),
     "no_such_input_file": (
         {"1": node("LoadImage", image="none.png"), "2": node("SaveImage", images=["1", 0], filename_prefix="p")},
-        ["LoadImage (node 1): ", "Invalid image file: none.png"],
+        ["LoadImage (node 1): ", "Invalid image file: none.png", "in ComfyUI's input folder; or give its URL"],
     ),
 }
 
@@ -3683,6 +3704,16 @@ def test_a_modification_lands_where_it_is_meant_or_is_refused_with_the_choices(w
     ]
 
 
+def test_a_placeholder_is_not_lost_to_another_modification() -> None:
+    graph = text2image()
+    graph["6"]["inputs"]["text"] = "a portrait in {{STYLE}} style"
+    with pytest.raises(modifiers.InvalidModification, match="style fills a text that another modification replaces"):
+        modifiers.fill(graph, {"prompt": "a cat", "style": "baroque"})
+    assert modifiers.fill(graph, {"prompt": "a cat"})["6"]["inputs"]["text"] == "a cat", (
+        "asked for, and nothing is lost"
+    )
+
+
 def test_steps_that_leave_a_sampler_nothing_to_do_are_refused() -> None:
     graph = sdxl_with_refiner()
     assert modifiers.fill(graph, {"steps": 17})["11"]["inputs"]["steps"] == 17
@@ -3778,7 +3809,7 @@ def test_placeholders_are_filled_whole_with_their_type_and_inside_text_as_text()
     assert modifiers.fill(graph, {**given, "1.steps": 5})["1"]["inputs"]["steps"] == 5
     with pytest.raises(modifiers.InvalidModification, match="on has to be string or number or boolean"):
         modifiers.fill(graph, {**given, "on": [True]})
-    with pytest.raises(modifiers.InvalidModification, match="STEPS is for an input that another one"):
+    with pytest.raises(modifiers.InvalidModification, match="STEPS sets an input that another"):
         modifiers.fill(graph, {**given, "STEPS": 5})
 
 
@@ -3829,7 +3860,7 @@ def test_a_thousand_wrong_names_are_one_short_message() -> None:
 def test_an_input_gets_one_value() -> None:
     graph = text2image()
     assert modifiers.fill(graph, {"seed": 5, "3.seed": 5})["3"]["inputs"]["seed"] == 5
-    with pytest.raises(modifiers.InvalidModification, match=r"3\.seed is for an input that another one"):
+    with pytest.raises(modifiers.InvalidModification, match=r"3\.seed sets an input that another"):
         modifiers.fill(graph, {"seed": 5, "3.seed": 6})
 
 
@@ -4327,7 +4358,7 @@ def test_the_readmes_commands_work(
 ) -> None:
     files.files["/cat.png"] = some_png()
     stands_for = {
-        "http://127.0.0.1:8000": start().url,
+        "http://127.0.0.1:8000": start(**({"AUTH_TOKEN": "change-me"} if "Bearer" in code else {})).url,
         "https://s3.example.com": s3.endpoint,
         "my-bucket": s3.bucket,
         "my-key-id": s3.keys[0],
