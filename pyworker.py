@@ -121,7 +121,8 @@ def is_url(text: Any) -> bool:
     """Whether it is an http(s) URL that http.client will take: without spaces, control and non-ASCII characters."""
     with contextlib.suppress(ValueError):  # of a port or a name that is none, or a bracket without its twin
         parts = urllib.parse.urlsplit(text if isinstance(text, str) else "")
-        is_web = parts.scheme in ("http", "https") and parts.port != 0 and "@" not in parts.netloc
+        # a % would begin an IPv6 address' zone, which libraries read in ways of their own
+        is_web = parts.scheme in ("http", "https") and parts.port != 0 and not re.search("[@%]", parts.netloc)
         return bool(is_web and re.fullmatch(r"[!-~]+", text) and (parts.hostname or "").encode("idna"))
     return False
 
@@ -250,6 +251,7 @@ TIMINGS = ("queue_ms", "preprocess_ms", "generation_ms", "postprocess_ms")
 class Job:
     """A request on its way to its answer: checked, so that nothing downstream has to check it again."""
 
+    request: dict[str, Any] = field(default_factory=dict)  # until it is read
     request_id: str | None = None  # None where the body could not be read
     modifier: str = ""
     modifications: dict[str, Any] = field(default_factory=dict)
@@ -274,7 +276,8 @@ class Job:
     entry: dict[str, Any] = field(default_factory=dict)  # of ComfyUI's history
     outputs: list[Output] = field(default_factory=list)
     answer_file: Output | None = None  # whose bytes are the answer
-    patience_ends: float = 0.0  # when a ComfyUI that is away is no longer waited for
+    percent: float = 0.0  # of its progress, as far as it was told
+    stopped: JobError | None = None  # the error of `stop`
     warnings: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager
@@ -307,6 +310,7 @@ class Job:
 
     def stop(self, error: JobError) -> None:
         """Ends a waiting or running job with that error; a running prompt is interrupted."""
+        self.stopped = error
         self.inbox.put({"type": "stop", "error": error})
 
     def next_message(self, seconds: float | None = None) -> Message | None:
@@ -373,7 +377,8 @@ def read_graph(graph: Any) -> Graph:
         message = "the workflow is in the editor's own format; in ComfyUI, use Workflow > Export (API) and send that"
         raise invalid(message, "editor_format")
     for node_id, node in graph.items():
-        if not isinstance(node, dict) or not isinstance(node.get("class_type"), str):
+        kind = node.get("class_type") if isinstance(node, dict) else None
+        if not isinstance(kind, str) or not 0 < len(kind) < 1000:
             hint = "; of a body for ComfyUI's /prompt, send what is in its prompt" if node_id == "prompt" else ""
             raise ValueError(f"is not in API format: node {node_id!r} has to have a class_type (a string){hint}")
         if not isinstance(node.get("inputs"), dict):
@@ -408,9 +413,11 @@ FIELDS: dict[str, Reader] = {  # of a request's input
 }
 
 
-def read_job(job: Job, request: dict[str, Any]) -> None:
-    """Fills the job with what the request asks for, request over environment; 400 where a rule is broken."""
-    given, job.request_id = dict(request["input"]), str(uuid.uuid4())
+def read_job(job: Job) -> None:
+    """Fills the job with what its request asks for, request over environment; 400 where a rule is broken."""
+    request, job.request = job.request, {}  # which may be large, and is not needed while the job waits
+    given = {name: value for name, value in request["input"].items() if "." not in name}
+    job.request_id = str(uuid.uuid4())
     try:
         vars(job).update(read_fields(given, {"request_id": FIELDS["request_id"]}))  # a refusal has it already
         for group, inner in read_fields(given, GROUPS).items():
@@ -419,9 +426,10 @@ def read_job(job: Job, request: dict[str, Any]) -> None:
     except ValueError as error:
         raise invalid(str(error)) from None
     unknown = [name for name in given if given[name] not in BLANK and name not in FIELDS and name not in GROUPS]
+    unknown += [name for name in request["input"] if "." in name]
     beside = [f"{name}, beside input," for name in request if name in FIELDS or name in GROUPS]
     job.warnings = [f"{name:.50} is no field of a request; it was ignored" for name in sorted(unknown) + beside]
-    if "modifications" in known and "modifier" not in known:
+    if "modifications" in known and "workflow_json" in known and "modifier" not in known:
         raise invalid("modifications go with a modifier; with workflow_json, put the values into the workflow itself")
     if ("modifier" in known) == ("workflow_json" in known):
         given_are = "both" if "modifier" in known else "neither"
@@ -516,15 +524,14 @@ def public_places(host: str, port: int) -> list[Any]:
     return places
 
 
-def check_public(name: str, url: str) -> None:
-    """400 where the URL leads to an address that is not public; a name that does not resolve may do so later."""
+def check_public(name: str, url: str, has_time: bool) -> None:
+    """400 where the URL leads to an address that is not public, or nowhere, unless it `has_time` to lead to one."""
     parts = urllib.parse.urlsplit(url)
     try:
         public_places(parts.hostname or "", parts.port or 443)
-    except PermissionError as error:
-        raise invalid(f"{name}: {error}") from None
-    except (OSError, UnicodeError):
-        pass
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, PermissionError) or not has_time:
+            raise invalid(f"{name}: {error}") from None
 
 
 def _connect_publicly(address: tuple[str, int], timeout: float, *_: Any) -> socket.socket:
@@ -550,7 +557,7 @@ def connect(url: str, seconds: float, is_public_only: bool = False) -> http.clie
     """A connection to the URL's server, made directly, whatever proxy the environment names; raises CONNECTION_LOST."""
     parts = urllib.parse.urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=seconds)
+    connection = kind(parts.hostname or "", parts.port or kind.default_port, timeout=seconds)
     connection.response_class = WholeResponse
     if is_public_only:
         connection._create_connection = _connect_publicly  # type: ignore[attr-defined]  # TLS comes on top of it
@@ -622,18 +629,21 @@ def _open(source: str, is_public_only: bool) -> Iterator[Any]:
     raise ValueError("it redirects too often")
 
 
-def fetch(source: str, limit: int, is_public_only: bool) -> tuple[BinaryIO, str]:
+def fetch(job: Job, source: str) -> tuple[BinaryIO, str]:
     """The file behind an http(s) URL or a data: URI, on disk, and a name for it: its SHA-256 and an extension.
 
-    Raises JobError: input_unavailable, also above `limit` bytes.
+    Raises JobError: input_unavailable, also above MAX_INPUT_BYTES, or the error of `job.stop`.
     """
+    limit = job.settings.max_input_bytes
     file, digest = tempfile.TemporaryFile(), hashlib.sha256()  # noqa: SIM115
     shown = re.sub("//[^/]*@", "//", re.split("[?,]", source)[0])  # without passwords, signatures and data
     try:
-        with _open(source, is_public_only) as answer:
+        with _open(source, not job.settings.allow_private_addresses) as answer:
             for chunk in iter(lambda: answer.read(CHUNK_BYTES) if file.tell() <= limit else b"", b""):
                 digest.update(chunk)
                 file.write(chunk)
+                if job.stopped:
+                    raise job.stopped
             mimetype = answer.headers.get_content_type()
         if file.tell() > limit:
             raise ValueError(f"it has more than the {limit} bytes of MAX_INPUT_BYTES")
@@ -649,7 +659,7 @@ def _extension(head: bytes, mimetype: str, url: str) -> str:
     if found := MAGIC.match(head):
         return f".{found.lastgroup}"
     told = mimetypes.guess_extension(mimetype) if mimetype != "application/octet-stream" else None
-    return told or "".join(re.findall(r"\.\w{1,12}$", url))
+    return told or "".join(re.findall(r"(?a)\.\w{1,12}$", url))
 
 
 def at_once(action: Callable[[Any], Any], items: list[Any]) -> list[Any]:
@@ -703,7 +713,7 @@ class ComfyUI:
         self.settings = settings
         self.url = settings.comfyui_api_base.rstrip("/")
         self._about: dict[str, Any] = {"url": self.url, "version": None, "device": None, "vram_free": None}
-        self._are_files: dict[tuple[str, str], bool] = {}  # inputs of nodes, asked for once in ComfyUI's life
+        self._classes: dict[str, dict[str, Any]] = {}  # their inputs, asked for once in ComfyUI's life
         self._kept: Kept = []
         self._socket: websocket.WebSocket | None = None
         self._client_id = ""  # of the websocket's connection; empty while there is none
@@ -726,13 +736,16 @@ class ComfyUI:
     @property
     def is_beyond_hope(self) -> bool:
         """Whether only a restart will help: its GPU is broken, or it has been away longer than any job waits for it."""
-        return bool(self._fault) or (self._was_up and self._away() > self.settings.comfyui_return_timeout)
+        is_gone = self._was_up and not self._client_id and self._away() > self.settings.comfyui_return_timeout
+        return bool(self._fault) or is_gone
 
     def _away(self) -> float:
         return time.monotonic() - self._failing_since if self._failing_since else 0
 
-    def _note(self, is_in_order: bool) -> None:
-        self._failing_since = 0 if is_in_order else self._failing_since or time.monotonic()
+    def _note_failure(self) -> float:
+        """Since when ComfyUI has been away, which is now if it was not before."""
+        self._failing_since = since = self._failing_since or time.monotonic()
+        return since
 
     def describe(self) -> dict[str, Any]:
         """url, version, device and vram_free (bytes), asked for once a second at most, for all who probe."""
@@ -740,9 +753,8 @@ class ComfyUI:
             if time.monotonic() - self._probed_at >= PROBE_EVERY_SECONDS:
                 try:
                     self._ask_about(PROBE_SECONDS)
-                    self._note(bool(self._client_id and not self._fault))
                 except (*CONNECTION_LOST, JobError):
-                    self._note(False)
+                    self._note_failure()
                 self._probed_at = time.monotonic()
         return self._about
 
@@ -770,9 +782,10 @@ class ComfyUI:
                 verb = "lost the connection to" if self._client_id else "cannot reach"
                 if self._client_id or str(error) != trouble:
                     log.warning("%s ComfyUI: %s", verb, error)
+                self._failing_since = 0 if self._client_id else self._failing_since  # by a probe that was slow
                 self._client_id, trouble = "", str(error)
                 self._kept.clear()
-                self._note(False)
+                self._note_failure()
                 self._tell_job("connection_lost")
                 if self.is_beyond_hope and not is_given_up and not self._fault:  # which was told of
                     log.error("WORKER_ERROR: ComfyUI is not back in order after %g s", limit)
@@ -803,7 +816,7 @@ class ComfyUI:
         if self._fault and not self._get(f"/history/{self._fault}"):  # it has restarted
             self._fault = ""
         self._socket, self._client_id, self._was_up, self._failing_since = made, client_id, True, 0
-        self._are_files.clear()
+        self._classes.clear()
         self._tell_job("connected")
         log.info("WORKER_READY: connected to ComfyUI %s on %s at %s", version, self._about["device"], self.url)
         if [int(part) for part in re.findall(r"\d+", version)[:3]] < [*OLDEST_COMFYUI]:
@@ -853,7 +866,8 @@ class ComfyUI:
                 raise odd_answer(f"POST /prompt with {status}")
             if answer.get("node_errors"):
                 dropped = self._complaints(answer["node_errors"], job.workflow)
-                job.warnings.append(f"ComfyUI dropped the outputs that depend on invalid nodes: {dropped}")
+                warning = f"ComfyUI dropped the outputs that depend on invalid nodes: {dropped}"
+                job.warnings += [warning] if warning not in job.warnings else []
         return str(client_id)
 
     def _working_client(self) -> str:
@@ -865,7 +879,9 @@ class ComfyUI:
         """Whether the prompt has ended; False where ComfyUI lost it with its connection."""
         progress, deadline = Progress(job), float("inf")
         while True:
-            is_told = client_id == self._client_id  # a connection that was lost takes its client's messages with it
+            is_told = (
+                client_id != "" and client_id == self._client_id
+            )  # a connection that was lost takes its client's messages with it
             pause = SILENCE_SECONDS if is_told else LOOK_UP_SECONDS
             message = job.next_message(max(0, min(pause, deadline - time.monotonic())))
             kind, about = (message["type"], message["data"]) if message else ("silence", {})
@@ -876,7 +892,7 @@ class ComfyUI:
                 return True  # it sends this once a prompt has ended and its history is written
             if kind in ("silence", "connection_lost", "connected"):
                 found = self.patiently(job, lambda: self._look_up(job))
-                if found == "lost" and client_id == self._client_id:
+                if found == "lost" and is_told and client_id == self._client_id:
                     raise JobError(499, "cancelled", "the job was deleted from ComfyUI's queue")
                 if found == "ended" and kind == "silence" and is_told and self._socket:
                     self._socket.abort()  # type: ignore[no-untyped-call]  # it did not tell: another one is opened
@@ -904,8 +920,6 @@ class ComfyUI:
         """Looks up, without the GPU, what has become of a job that has run; output_missing if ComfyUI forgot it."""
         if not job.entry and self.patiently(job, lambda: self._look_up(job)) != "ended":
             raise JobError(502, "output_missing", "ComfyUI died with the job's history")
-        if not failure(job.entry):
-            job.tell("progress", **dict.fromkeys(("node_id", "node_type", "value", "max")), percent=100.0)
         if key := job.settings.comfy_org_api_key:  # partner nodes are given it, and may show it under any name
             told = change_text(job.entry, lambda text: text.replace(key, "***"))
             job.entry = {**told, "outputs": job.entry.get("outputs")}  # whose names have to stay
@@ -925,7 +939,7 @@ class ComfyUI:
         if FAULT.match(message) and self._fault != job.prompt_id:
             log.error("WORKER_ERROR: job %s has broken the GPU; nothing runs until ComfyUI restarts", job.request_id)
             self._fault = job.prompt_id
-            self._note(False)
+            self._note_failure()
 
     def _stop_prompt(self, job: Job) -> None:
         """Takes the prompt off ComfyUI: out of its queue, or off the GPU."""
@@ -940,16 +954,13 @@ class ComfyUI:
 
     def patiently(self, job: Job, action: Callable[[], Any]) -> Any:
         """What the action returns, tried again while ComfyUI is away; comfyui_lost after COMFYUI_RETURN_TIMEOUT."""
+        limit, ends = self.settings.comfyui_return_timeout, 0.0
         while True:
             try:
-                result = action()
-                job.patience_ends = 0.0
-                return result
+                return action()
             except CONNECTION_LOST as lost:
-                self._note(False)
-                limit = self.settings.comfyui_return_timeout
-                job.patience_ends = job.patience_ends or self._failing_since + limit  # since then all jobs wait
-                if (left := job.patience_ends - time.monotonic()) <= 0:
+                ends = ends or self._note_failure() + limit  # since then all jobs wait
+                if (left := ends - time.monotonic()) <= 0:
                     message = f"ComfyUI went away and was not back in order within {limit:g} s: {lost}"
                     raise JobError(502, "comfyui_lost", message) from None
             job.next_message(min(left, LOOK_UP_SECONDS))  # "connected", perhaps, or an order to stop
@@ -993,13 +1004,15 @@ class ComfyUI:
         message = f"an input file of {size} bytes is more than ComfyUI takes; start it with a larger --max-upload-size"
         raise invalid(message, "input_unavailable")
 
+    @understanding()
     def is_file(self, class_type: str, name: str) -> bool:
         """Whether that input of a node is a choice among files, and not among ComfyUI's own outputs."""
-        if (class_type, name) not in self._are_files:
-            kind, options = self._declared(class_type, name)
-            is_choice = isinstance(kind, list) or kind == "COMBO" or any(each.endswith("_upload") for each in options)
-            self._are_files[class_type, name] = is_choice and options.get("image_folder") != "output"
-        return self._are_files[class_type, name]
+        if class_type not in self._classes:
+            self._classes[class_type] = self._inputs(class_type)
+        kind, *more = self._classes[class_type].get(name) or [None]
+        options = more[0] if more and isinstance(more[0], dict) else {}
+        is_choice = isinstance(kind, list) or kind == "COMBO" or any(each.endswith("_upload") for each in options)
+        return is_choice and options.get("image_folder") != "output"
 
     # HTTP
 
@@ -1010,6 +1023,7 @@ class ComfyUI:
             request(self.url + path, seconds, data, kept=self._kept) as response,
             contextlib.suppress(ValueError, RecursionError),
         ):
+            self._failing_since = 0 if self._client_id and not self._fault else self._failing_since
             return response.status, json.load(response, parse_constant=lambda _: None)  # JSON has no NaN
         return response.status, None
 
@@ -1049,12 +1063,12 @@ class ComfyUI:
     @understanding()
     def choices(self, class_type: str, name: str) -> list[str]:
         """What ComfyUI offers for that input of a node."""
-        kind, options = self._declared(class_type, name)
-        return [str(each) for each in (kind if isinstance(kind, list) else options["options"])]
+        # [[choice, …], {…}] or, as newer nodes have it, ["COMBO", {"options": [choice, …]}]
+        kind, *more = self._inputs(class_type)[name]
+        return [str(each) for each in (kind if isinstance(kind, list) else more[0]["options"])]
 
     @understanding()
-    def _declared(self, class_type: str, name: str) -> tuple[Any, dict[str, Any]]:
-        """An input's type, or its choices, and its options; where the node has no such input, nothing."""
+    def _inputs(self, class_type: str) -> dict[str, Any]:
         try:
             about = self._get(f"/object_info/{urllib.parse.quote(class_type, safe='')}")
         except CONNECTION_LOST:
@@ -1062,9 +1076,7 @@ class ComfyUI:
         if class_type not in about:
             raise JobError(422, "workflow_rejected", f"ComfyUI has no node {class_type}{HINTS['invalid_prompt']}")
         inputs = about[class_type]["input"]
-        # [[choice, …], {…}] or, as newer nodes have it, ["COMBO", {"options": [choice, …]}]
-        kind, *options = {**inputs.get("required", {}), **inputs.get("optional", {})}.get(name, [None])
-        return kind, options[0] if options else {}
+        return {**inputs.get("required", {}), **inputs.get("optional", {})}
 
 
 class Progress:
@@ -1073,7 +1085,6 @@ class Progress:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._needed: dict[str, bool] = {}  # node id: whether it is cached
-        self._percent = 0.0
 
     def begin(self, outputs: list[str], cached: list[str]) -> None:
         """Takes the ids of the nodes that the job is run for, and of those that are cached."""
@@ -1090,13 +1101,14 @@ class Progress:
         """Takes the states of the nodes that have begun: {id: {"value": …, "max": …, "state": …}}"""
         parts = {id: about["value"] / (about["max"] or 1) for id, about in nodes.items()}
         done = sum(1 if is_cached else min(1, parts.get(id, 0)) for id, is_cached in self._needed.items())
-        self._percent = max(self._percent, round(100 * done / (len(self._needed) or 1), 1))  # it never goes back
+        # it never goes back, not even when the job is run again
+        self._job.percent = max(self._job.percent, round(100 * done / (len(self._needed) or 1), 1))
         by_state = sorted(nodes.items(), key=lambda each: each[1]["state"] == "running")
         node_id, about = by_state[-1] if by_state else ("", {})
         node_id = about.get("display_node_id", node_id)  # the submitted one, where a node expands into others
         node_type = self._job.workflow.get(str(node_id), {}).get("class_type")
         steps = {name: about.get(name) for name in ("value", "max")}
-        self._job.tell("progress", node_id=node_id or None, node_type=node_type, **steps, percent=self._percent)
+        self._job.tell("progress", node_id=node_id or None, node_type=node_type, **steps, percent=self._job.percent)
 
 
 def is_still(output: Output, entry: dict[str, Any]) -> bool:
@@ -1122,6 +1134,12 @@ def failure(entry: dict[str, Any]) -> JobError | None:
     if "OutOfMemory" in about["exception_type"] or "out of memory" in message.lower():
         return JobError(500, "out_of_memory", f"{message}; use a smaller picture, batch or model", **about)
     return JobError(500, "execution_failed", message, **about)
+
+
+@understanding()
+def may_be_stale(entry: dict[str, Any]) -> bool:
+    """Whether outputs may be of an earlier run, and deleted since; of a lost history nobody knows."""
+    return not entry or any(about.get("nodes") for kind, about in entry["status"]["messages"] if "cached" in kind)
 
 
 @understanding()
@@ -1159,6 +1177,7 @@ def scrub(value: Any) -> Any:
 
 # Delivery #############################################################################################################
 
+SPOOL_BYTES = 1 << 20  # of an owed webhook that are kept in memory; larger ones wait on disk
 WEBHOOK_PAUSES_SECONDS = (4, 20, 100, 480)  # between five tries, each 20 % more or less
 
 
@@ -1342,11 +1361,12 @@ def post_webhook(job: Job, body: bytes) -> str:
     return "" if 200 <= status < 300 else f"{'failed' if is_passing else 'refused'} with status {status}"
 
 
-def deliver_webhook(job: Job, body: bytes) -> bool:
+def deliver_webhook(job: Job, body: BinaryIO) -> bool:
     """Posts the message until its receiver takes or refuses it, five times at most, over ten minutes or more."""
     pause = threading.Event()
     for seconds in (*WEBHOOK_PAUSES_SECONDS, 0):
-        trouble = post_webhook(job, body)
+        body.seek(0)
+        trouble = post_webhook(job, body.read())
         if not trouble.startswith("failed") or not seconds:
             break
         log.warning("the webhook of job %s: %s; it is tried again in about %g s", job.request_id, trouble, seconds)
@@ -1477,9 +1497,9 @@ class Worker:
         self._stopping = False
         self._started_at = time.monotonic()
 
-    def answer(self, job: Job, body: bytes) -> tuple[int, dict[str, Any]]:
-        """Takes the job that `body` asks for to its end; returns the HTTP status and the envelope, for failures too."""
-        error = self._attempt(job, lambda: read_job(job, parse_request(body)))
+    def answer(self, job: Job) -> tuple[int, dict[str, Any]]:
+        """Takes the job to its end; returns the HTTP status and the envelope, for failures too."""
+        error = self._attempt(job, lambda: read_job(job))
         if not error and job.is_async:
             return self._in_background(job)
         return self._end(job, error or self._attempt(job, lambda: self._process(job)))
@@ -1509,8 +1529,11 @@ class Worker:
         log.info("job %s %s; %s", job.request_id, outcome.encode("unicode_escape").decode(), timings)
         self._count_job(job, error.type if error else "completed")
         if job.was_accepted and job.settings.webhook_url:
-            body = b"".join(encode({**answer, "extra": job.extra_params}))
-            self._spawn("webhook", lambda: self._notify(job, body))  # a receiver that never answers delays nobody
+            # a receiver that never answers delays nobody, and costs no memory while its next try is waited for
+            body = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115
+            body.writelines(encode({**answer, "extra": job.extra_params}))
+            owed = replace(job, workflow={}, entry={}, outputs=[], answer_file=None, on_event=None, connection=None)
+            self._spawn("webhook", lambda: self._notify(owed, body))
         return error.status if error else 200, answer
 
     def _process(self, job: Job) -> None:
@@ -1526,9 +1549,9 @@ class Worker:
                 self._run(job)
                 break
             except JobError as error:
-                if error.type != "output_missing" or attempt == 2:
+                if error.type != "output_missing" or attempt == 2 or not may_be_stale(job.entry):
                     raise
-                self.comfyui.clear_cache()  # of a cached job: somebody has deleted its files since
+                self.comfyui.clear_cache()
                 job.prompt_id, job.has_turn = str(uuid.uuid4()), False
         if job.accept not in (JSON, EVENT_STREAM):
             choose(job, self.comfyui)
@@ -1537,7 +1560,7 @@ class Worker:
         """Builds the workflow, fetches the files that it names, and refuses what would fail after the GPU's work."""
         for name in ("s3_endpoint_url", "webhook_url"):
             if job.distrusts(name):
-                check_public(name.replace("_", ".", 1), getattr(job.settings, name))
+                check_public(name.replace("_", ".", 1), getattr(job.settings, name), has_time=name == "webhook_url")
         if job.settings.s3_bucket_name:
             s3_client(job.settings, "s3_endpoint_url" in job.chosen)
         if job.modifier:
@@ -1547,12 +1570,14 @@ class Worker:
             for name, value in node["inputs"].items():
                 if isinstance(value, str) and SOURCE.match(value) and self.comfyui.is_file(node["class_type"], name):
                     places.setdefault(value, []).append((node["inputs"], name))
-        for source, stored in zip(places, at_once(self._bring_input, list(places)), strict=True):
+        with self._clients.watch(job):
+            names = at_once(functools.partial(self._bring_input, job), list(places))
+        for source, stored in zip(places, names, strict=True):
             for inputs, name in places[source]:
                 inputs[name] = stored
 
-    def _bring_input(self, source: str) -> str:
-        file, name = fetch(source, self.settings.max_input_bytes, not self.settings.allow_private_addresses)
+    def _bring_input(self, job: Job, source: str) -> str:
+        file, name = fetch(job, source)
         try:
             with file:
                 return self.comfyui.upload(file, name)
@@ -1567,6 +1592,7 @@ class Worker:
             undelivered = deliver(job, read_outputs(job.entry, job.workflow), self.comfyui)
         if error := failure(job.entry) or undelivered:
             raise error
+        job.tell("progress", **dict.fromkeys(("node_id", "node_type", "value", "max")), percent=100.0)
 
     def _build(self, job: Job) -> None:
         """Has the job's modifier build its workflow."""
@@ -1577,14 +1603,16 @@ class Worker:
             )
         try:
             job.workflow = read_graph(modifiers.build(job.modifier, job.modifications, self.comfyui))
+            job.modifications = {}
         except modifiers.InvalidModification as error:
             raise invalid(str(error), "invalid_modification", **error.details) from None
         except ValueError as error:  # of read_graph, or the modifier's own
             log.exception("modifier %s", job.modifier)
             raise JobError(500, "internal_error", f"the modifier {job.modifier} built no workflow: {error}") from None
 
-    def _notify(self, job: Job, body: bytes) -> None:
-        outcome = "delivered" if deliver_webhook(job, body) else "failed"
+    def _notify(self, job: Job, body: Any) -> None:
+        with body:
+            outcome = "delivered" if deliver_webhook(job, body) else "failed"
         self._count(f'webhooks_total{{outcome="{outcome}"}}')
 
     def _spawn(self, name: str, action: Callable[[], None]) -> None:
@@ -1778,7 +1806,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         accept, prefer = (", ".join(self.headers.get_all(name, [])) for name in ("Accept", "Prefer"))
         stream = EventStream(self)
         job = Job(settings=settings, connection=self.connection, on_event=stream.send, accept=accept, prefer=prefer)
-        status, answer = worker.answer(job, self._read_body())
+        job.request = parse_request(self._read_body())
+        status, answer = worker.answer(job)
         if stream.is_open:
             stream.end(answer)
         elif job.answer_file:

@@ -1316,6 +1316,8 @@ BROKEN_RULES = [
     ({"workflow_json": {"1": {"class_type": "X", "inputs": {}}}, "modifications": {"steps": 1}}, "go with a modifier"),
     ({"workflow_json": "{}"}, "workflow_json has to be an object"),
     ({"workflow_json": {"1": 5}}, "node '1' has to have a class_type"),
+    ({"workflow_json": {"1": {"class_type": "", "inputs": {}}}}, "node '1' has to have a class_type"),
+    ({"workflow_json": {"prompt": {}}}, "of a body for ComfyUI's /prompt, send what is in its prompt"),
     ({"workflow_json": {"1": {"class_type": []}}}, "node '1' has to have a class_type"),
     ({"workflow_json": {"1": {"class_type": "X"}}}, "node '1' has to have inputs"),
     ({"workflow_json": {"1": {"class_type": "X", "inputs": []}}}, "node '1' has to have inputs"),
@@ -1393,11 +1395,18 @@ def test_a_blank_inside_modifications_is_a_value(worker: Worker) -> None:
 
 def test_unknown_fields_are_named_in_the_warnings(worker: Worker) -> None:
     answer = worker.post(
-        {"workflow_json": picture(), "priority": 1, "s3": {"acl": "public"}, "webhook": {"verb": "PUT"}}
+        {
+            "workflow_json": picture(),
+            "priority": 1,
+            "s3": {"acl": "public"},
+            "webhook": {"verb": "PUT"},
+            "s3.bucket_name": "bucket",
+        }
     )
     warnings = " ".join(answer.json["warnings"])
     assert answer.status == 200
-    assert "priority is no field" in warnings and "s3.acl is no field" in warnings and "webhook.verb is no" in warnings
+    for name in ("priority", "s3.acl", "webhook.verb", "s3.bucket_name"):
+        assert f"{name} is no field of a request" in warnings
 
 
 def test_fields_beside_the_input_are_named_in_the_warnings(worker: Worker) -> None:
@@ -1497,6 +1506,20 @@ def test_a_picture_may_come_from_anywhere(worker: Worker, files: FileServer, s3:
     made = pixels(base64.b64decode(answer.json["output"][0]["data"]))
     off = [abs(255 - before - after) for before, after in zip(pixels(content), made, strict=True)]
     assert max(off) <= 1, "ComfyUI's numbers are floats, and cut off"
+
+
+def test_odd_data_uris_are_no_bug(worker: Worker) -> None:
+    answer = worker.post({"workflow_json": inverted("data:application/octet-stream;.\u0660\u0660\u0660,abc")})
+    assert (answer.status, answer.error["type"]) == (500, "execution_failed"), answer.json
+
+
+def test_a_client_that_leaves_is_not_fetched_for(worker: Worker, files: FileServer) -> None:
+    asked, content = threading.Event(), bytes(1 << 20)
+    files.files["/slow"] = lambda: (asked.set(), time.sleep(1), content)[-1]
+    connection = connect(worker, {"workflow_json": inverted(f"{files.url}/slow")})
+    assert asked.wait(30)
+    connection.close()
+    wait_for("it is told of", lambda: worker.log.read_text().count("the client closed its connection"))
 
 
 def test_the_same_file_is_stored_once_and_cached(worker: Worker, files: FileServer) -> None:
@@ -1605,6 +1628,7 @@ def test_an_input_that_cannot_be_had_says_why(frugal: Worker, files: FileServer,
     ("source", "message"),
     [
         ("http://", "it is not an http:// or https:// URL"),
+        ("http://[::1%254294967295]/x.png", "it is not an http:// or https:// URL"),
         ("https://user:secret@127.0.0.1/x.png", "it is not an http:// or https:// URL"),
         ("http://127.0.0.1:1/x.png", "Connection refused"),
         ("data:image/png;base64", "cannot be had"),
@@ -1662,7 +1686,8 @@ BY_NAME = [
 )
 def test_a_files_extension_is_what_it_is(files: FileServer, head: bytes, type: str, path: str, suffix: str) -> None:
     files.files[path] = (200, {"Content-Type": type}, head)
-    file, name = pyworker.fetch(f"{files.url}{path}?x=.exe", 100, False)
+    given = pyworker.Settings(max_input_bytes=100, allow_private_addresses=True)
+    file, name = pyworker.fetch(pyworker.Job(settings=given), f"{files.url}{path}?x=.exe")
     assert file.read() is not None and name == hashlib.sha256(head).hexdigest() + suffix
 
 
@@ -1674,6 +1699,7 @@ NAMES = {  # what names lead to at the first look-up, the second, …
     "mixed.example": [[PUBLIC, "10.0.0.1"]],
     "rebinding.example": [[PUBLIC], ["127.0.0.1"]],
     "metadata.example": [["169.254.169.254"]],
+    "nowhere.example": [[]],
 }
 HOSTILE = """127.0.0.1 127.0.0.2 127.1 127.0.1 2130706433 0x7f000001 0x7f.0.0.1 0177.0.0.1 017700000001 localhost
     0.0.0.0 0 0.1.2.3 10.0.0.1 10.255.255.255 100.64.0.1 100.127.255.254 169.254.0.1 169.254.169.254 169.254.170.2
@@ -1702,7 +1728,10 @@ look_up, make = socket.getaddrinfo, socket.create_connection
 def getaddrinfo(host, *args, **options):
     if host not in names:
         return look_up(host, *args, **options)
-    return [each for ip in next(names[host]) for each in look_up(ip, *args, **options)]
+    found = [each for ip in next(names[host]) for each in look_up(ip, *args, **options)]
+    if not found:
+        raise socket.gaierror("Name or service not known")
+    return found
 def create_connection(address, *args, **options):
     print("connects to", address, file=sys.stderr, flush=True)
     return make(("127.0.0.1", {public.port}) if address[0] == {PUBLIC!r} else address, *args, **options)
@@ -1763,6 +1792,14 @@ def test_a_public_address_is_reached_and_looked_up_once(guarded: tuple[Worker, F
     assert answer.status == 200, "what is connected to is what was checked"
     again = worker.post({"workflow_json": inverted("http://rebinding.example/x.png")})
     assert again.status == 400 and RULE in again.error["message"], "and it is checked each time"
+
+
+@pytest.mark.parametrize("host", ["nowhere.example", "[::1%254294967295]", "[::1%25lo]"])
+def test_an_s3_endpoint_that_cannot_be_checked_is_refused(guarded: tuple[Worker, FileServer], host: str) -> None:
+    s3 = {"endpoint_url": f"http://{host}:9911", "bucket_name": "bbb", "access_key_id": "a", "secret_access_key": "b"}
+    answer = guarded[0].post({"workflow_json": picture(), "s3": s3})
+    assert (answer.status, answer.error["type"]) == (400, "invalid_request"), answer.json
+    assert "s3.endpoint_url" in answer.error["message"]
 
 
 def test_what_the_operator_set_may_be_private(guarded: tuple[Worker, FileServer], s3: S3) -> None:
@@ -2153,6 +2190,26 @@ def test_a_cached_job_whose_file_was_deleted_is_run_again(worker: Worker, comfyu
         answer = worker.post({"workflow_json": graph})
         assert answer.status == 200 and answer.files[0]["data"] == first["data"], answer.json
         assert len(fetch(f"{comfyui_url}/history").json) - before in (2, 3), "cached, perhaps twice, and run once"
+
+
+def test_a_job_that_was_not_cached_is_not_run_again(start: Callable[..., Worker], comfyui_url: str) -> None:
+    tunnel = AnsweringTunnel(comfyui_url, "GET /view", 404, b"")
+    behind = start(COMFYUI_API_BASE=tunnel.url)
+    tunnel.is_odd = True
+    before = len(fetch(f"{comfyui_url}/history").json)
+    answer = behind.post({"workflow_json": picture()})
+    assert (answer.status, answer.error["type"]) == (502, "output_missing")
+    assert len(fetch(f"{comfyui_url}/history").json) - before == 1
+
+
+def test_a_progress_never_goes_back_even_if_the_job_is_run_again(worker: Worker) -> None:
+    graph = picture()
+    first = worker.post({"workflow_json": graph}).files[0]
+    pathlib.Path(os.environ["COMFYUI_INPUT"]).parent.joinpath("output", first["filename"]).unlink()
+    told = events(worker.post({"workflow_json": graph}, {"Accept": "text/event-stream"}).body)
+    percents = [about["percent"] for name, about in told if name == "progress"]
+    assert [name for name, _ in told].count("started") in (2, 3), "it was run again"
+    assert percents == sorted(percents) and percents[-1] == 100
 
 
 def test_a_file_that_is_not_there_is_missing(worker: Worker) -> None:
@@ -2775,6 +2832,33 @@ class AnsweringTunnel(Tunnel):
 
     def inspect(self, said: bytes, answer: bytes) -> bytes:
         return self.answer if self.is_odd and said.startswith(self.request) else answer
+
+
+class SlowProbeTunnel(Tunnel):
+    """Lets the answer to a probe pass late, once."""
+
+    is_slow = False
+
+    def inspect(self, said: bytes, answer: bytes) -> bytes:
+        if self.is_slow and said.startswith(b"GET /system_stats"):
+            self.is_slow = False
+            time.sleep(2 * pyworker.PROBE_SECONDS)
+        return answer
+
+
+def test_a_probe_that_was_slow_is_not_held_against_comfyui(start: Callable[..., Worker], comfyui_url: str) -> None:
+    tunnel = SlowProbeTunnel(comfyui_url)
+    behind = start(COMFYUI_API_BASE=tunnel.url, COMFYUI_RETURN_TIMEOUT=3)
+    job = in_background(behind.post, {"workflow_json": long_job(600 if "COMFYUI_URL" not in os.environ else 60)})
+    wait_for("the job runs", lambda: running_prompts(comfyui_url))
+    time.sleep(pyworker.PROBE_EVERY_SECONDS)
+    tunnel.is_slow = True
+    assert behind.health().status == 200 and not tunnel.is_slow, "a job that runs is proof enough"
+    time.sleep(3.5)  # more than COMFYUI_RETURN_TIMEOUT
+    assert not job.done()
+    tunnel.cut()
+    assert job.result(120).status == 200
+    assert fetch(f"{behind.url}/health/live").status == 200 and not behind.logged("WORKER_ERROR")
 
 
 ODD_ANSWERS = [
