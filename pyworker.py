@@ -1990,11 +1990,7 @@ def main() -> None:
         sys.exit(f"WORKER_ERROR: cannot listen on {settings.worker_host} port {settings.port} (see --port): {error}")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, functools.partial(_stop, server))
-    with contextlib.suppress(ImportError, ValueError, OSError):  # Linux' usual limit of 1024 is soon reached
-        import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    _fit_the_system()
     log.info("ComfyUI PyWorker %s listens on http://%s:%s", __version__, *server.server_address[:2])
     threading.Thread(target=_warn, args=[settings], name="warnings", daemon=True).start()
     log.info("modifiers: %s", ", ".join(server.worker.modifiers) or "none, as modifiers.py is not beside pyworker.py")
@@ -2035,6 +2031,21 @@ def _warn(settings: Settings) -> None:
             s3_client(settings)  # which the first job need not make then
     except JobError as error:
         log.warning("jobs that use S3 will be refused: %s", error)
+
+
+def _fit_the_system() -> None:
+    """Makes room for many connections and large bodies, where the system lets it."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Linux' usual limit of 1024 is soon reached
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.suppress(ImportError, AttributeError, OSError, TypeError):  # of a C library that is not glibc
+        import ctypes
+
+        # M_MMAP_THRESHOLD: what takes more than this is given back at once. Left alone, glibc raises it to the largest
+        # body so far, and each thread keeps the memory of one: 40 owed webhooks of 22 MB held 620 MB instead of 33.
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)
 
 
 def _stop(server: Server, number: int, frame: Any) -> None:
