@@ -5136,7 +5136,8 @@ def memory_mb(process_id: int, name: str) -> float:
     return int(re.search(rf"{name}:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
 
-BENCH = [(1, 64, False), (1, 64, True), (8, 512, False), (8, 512, True), (64, 64, False)]  # clients, pixels, with S3
+# clients, pixels, with S3
+BENCH = [(1, 64, False), (1, 64, True), (8, 512, False), (8, 512, True), (64, 64, False), (64, 64, True)]
 BENCH_HEAD = """
 | clients | picture | to | by hand: median, 95 % (ms) | worker: median, 95 % (ms) | ratio | by hand: jobs/s | worker: jobs/s | ratio | CPU per job (ms) |
 |---|---|---|---|---|---|---|---|---|---|"""  # noqa: E501
@@ -5171,7 +5172,7 @@ def bench_worker(url: str, folder: pathlib.Path, graph: Any = None, **more: Any)
 def bench(comfyui: str | None, jobs: int, scale: float = 1) -> None:
     """Prints what the worker adds to ComfyUI driven by hand, measured side by side in one run; on Linux.
 
-    scale: of the sizes and numbers in the second table.
+    scale: of the sizes and numbers in the second table, which is left out if it is 0.
     """
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
@@ -5195,8 +5196,9 @@ def bench(comfyui: str | None, jobs: int, scale: float = 1) -> None:
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
         peak = memory_mb(process_id, "VmHWM")
         print(f"\nThe worker's memory: {at_rest:.0f} MB at rest, {peak:.0f} MB at its peak.")
-        print(FIGURES_HEAD)
-        for name, value in figures(url, folder, s3, scale):
+        print(FIGURES_HEAD if scale else "")
+        steps = 1 if comfyui else 15  # of a sampler, a job of 100 ms or more
+        for name, value in figures(url, folder, s3, scale, steps) if scale else ():
             print(f"| {name} | {value} |", flush=True)
 
 
@@ -5237,7 +5239,7 @@ def drained(url: str, input: dict[str, Any], headers: dict[str, str] | None = No
             pass
 
 
-def figures(url: str, folder: pathlib.Path, s3: S3, scale: float) -> Iterator[tuple[str, str]]:
+def figures(url: str, folder: pathlib.Path, s3: S3, scale: float, steps: int) -> Iterator[tuple[str, str]]:
     """What the worker needs for large files, a long queue and a slow S3: name and value, one after the other."""
     starts = [start_ms(url) for _ in range(math.ceil(15 * scale))]
     yield "starts to listen after (median)", f"{statistics.median(starts):.0f} ms"
@@ -5251,8 +5253,8 @@ def figures(url: str, folder: pathlib.Path, s3: S3, scale: float) -> Iterator[tu
             grown = growth_mb(process_id, functools.partial(drained, worker_url, input, headers))
         yield f"{name.format(f'an output of {size * scale / 1e6:g} MB')}: memory grows by", f"{grown:.0f} MB"
     yield from input_figure(url, folder, 9e7 * scale)
-    yield from overlap_figure(url, folder, s3, scale)
-    yield from queue_figures(url, folder, math.ceil(1000 * scale))
+    yield from overlap_figure(url, folder, s3, scale, functools.partial(text2image, steps=steps))
+    yield from queue_figures(url, folder, math.ceil(1000 * scale), functools.partial(text2image, steps=steps))
 
 
 def start_ms(url: str) -> float:
@@ -5286,9 +5288,8 @@ def input_figure(url: str, folder: pathlib.Path, size: float) -> Iterator[tuple[
     yield f"an input of {size / 1e6:g} MB: memory grows by", f"{grown:.0f} MB"
 
 
-def overlap_figure(url: str, folder: pathlib.Path, s3: S3, scale: float) -> Iterator[tuple[str, str]]:
+def overlap_figure(url: str, folder: pathlib.Path, s3: S3, scale: float, graph: Any) -> Iterator[tuple[str, str]]:
     tunnel = SlowTunnel(s3.endpoint)
-    graph = functools.partial(text2image, steps=15)
     with bench_worker(url, folder, graph(), s3=s3.request) as (_, worker_url):
         plain = functools.partial(ByWorker, worker_url)
         _, rate = load(plain, 4, math.ceil(20 * scale), graph)
@@ -5300,7 +5301,7 @@ def overlap_figure(url: str, folder: pathlib.Path, s3: S3, scale: float) -> Iter
     yield name, f"{slow_rate:.2f} / {rate:.2f} = {slow_rate / rate:.2f}"
 
 
-def queue_figures(url: str, folder: pathlib.Path, waiting: int) -> Iterator[tuple[str, str]]:
+def queue_figures(url: str, folder: pathlib.Path, waiting: int, graph: Any) -> Iterator[tuple[str, str]]:
     """The cost of a long queue: memory, and the time that jobs before it take on the GPU."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     with bench_worker(url, folder, text2image()) as (process_id, worker_url), contextlib.ExitStack() as stack:
@@ -5310,7 +5311,7 @@ def queue_figures(url: str, folder: pathlib.Path, waiting: int) -> Iterator[tupl
         for number in (0, waiting):
             running = in_background(worker.post, {"workflow_json": long_job(300)})
             wait_for("it runs", lambda: worker.health().json["running"])
-            jobs = [in_background(worker.post, {"workflow_json": text2image(steps=15)}) for _ in range(8)]
+            jobs = [in_background(worker.post, {"workflow_json": graph()}) for _ in range(8)]
             wait_for("they wait", functools.partial(in_line, worker, 8))
             before = memory_mb(process_id, "VmRSS")
             for _ in range(number):
@@ -5329,8 +5330,9 @@ def run_bench(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="test_pyworker.py bench", description=bench.__doc__)
     parser.add_argument("--comfyui", help="the URL of a real ComfyUI; a stand-in without it")
     parser.add_argument("--jobs", type=int, default=500, help="of each kind, for each line of the table")
+    parser.add_argument("--short", action="store_true", help="the first table alone")
     given = parser.parse_args(arguments)
-    bench(given.comfyui, given.jobs)
+    bench(given.comfyui, given.jobs, 0 if given.short else 1)
 
 
 # Command line #########################################################################################################
