@@ -1339,6 +1339,16 @@ def encode(answer: dict[str, Any]) -> list[bytes]:
     return [piece for pair in zip(pieces, [*files, b""], strict=True) for piece in pair]
 
 
+def spooled(pieces: list[bytes]) -> Any:
+    """A file of the pieces, on disk where it is large and the disk has room."""
+    try:
+        file = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115
+        file.writelines(pieces)
+        return file
+    except OSError:
+        return io.BytesIO(b"".join(pieces))
+
+
 def post_webhook(job: Job, body: bytes) -> str:
     """One try, signed after the Standard Webhooks specification; "" where it was delivered, else what became of it.
 
@@ -1530,8 +1540,7 @@ class Worker:
         self._count_job(job, error.type if error else "completed")
         if job.was_accepted and job.settings.webhook_url:
             # a receiver that never answers delays nobody, and costs no memory while its next try is waited for
-            body = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115
-            body.writelines(encode({**answer, "extra": job.extra_params}))
+            body = spooled(encode({**answer, "extra": job.extra_params}))
             owed = replace(job, workflow={}, entry={}, outputs=[], answer_file=None, on_event=None, connection=None)
             self._spawn("webhook", lambda: self._notify(owed, body))
         return error.status if error else 200, answer

@@ -2296,6 +2296,15 @@ def test_the_webhook_arrives_once_signed_with_extra(worker: Worker, receiver: Re
     assert len(receiver.posts) == 1
 
 
+@pytest.mark.parametrize("folder", [None, "/nonexistent"])
+def test_a_large_webhook_arrives_whatever_the_disk_is(
+    start: Callable[..., Worker], receiver: Receiver, folder: str | None
+) -> None:
+    code = f"import pyworker, tempfile; pyworker.SPOOL_BYTES = 100; tempfile.tempdir = {folder!r}; pyworker.main()"
+    answer = start(command=("-c", code)).post({"workflow_json": picture(), "webhook": {"url": receiver.url}})
+    assert json.loads(receiver.wait_for(1)[0][1])["output"] == answer.json["output"]
+
+
 @pytest.mark.parametrize("graph", ["refused", "failed"])
 def test_a_job_that_fails_is_told_of_too(worker: Worker, receiver: Receiver, graph: str) -> None:
     pathlib.Path(os.environ["COMFYUI_INPUT"], "broken.png").write_bytes(b"no picture")
