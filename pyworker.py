@@ -639,12 +639,12 @@ def fetch(job: Job, source: str) -> tuple[BinaryIO, str]:
     shown = re.sub("//[^/]*@", "//", re.split("[?,]", source)[0])  # without passwords, signatures and data
     try:
         with _open(source, not job.settings.allow_private_addresses) as answer:
-            for chunk in iter(lambda: answer.read(CHUNK_BYTES) if file.tell() <= limit else b"", b""):
+            for chunk in iter(lambda: b"" if job.stopped or file.tell() > limit else answer.read(CHUNK_BYTES), b""):
                 digest.update(chunk)
                 file.write(chunk)
-                if job.stopped:
-                    raise job.stopped
             mimetype = answer.headers.get_content_type()
+        if job.stopped:
+            raise job.stopped
         if file.tell() > limit:
             raise ValueError(f"it has more than the {limit} bytes of MAX_INPUT_BYTES")
         if mimetype == "text/html" or not file.tell():
