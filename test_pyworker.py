@@ -2648,7 +2648,8 @@ def test_a_stream_tells_a_jobs_life(worker: Worker) -> None:
 
 
 def test_nodes_that_nothing_needs_count_for_nothing(worker: Worker) -> None:
-    graph = {**picture(), "7": node("EmptyImage", width=64, height=64, batch_size=1, color=1)}
+    # large, so that it is still there when the worker asks what it is run for
+    graph = {**picture(size=2048), "7": node("EmptyImage", width=64, height=64, batch_size=1, color=1)}
     told = [about for name, about in events(worker.post({"workflow_json": graph}, STREAM).body) if name == "progress"]
     assert 50 in [about["percent"] for about in told], "one of two nodes was done"
     assert told[-1]["percent"] == 100
