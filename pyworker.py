@@ -879,9 +879,8 @@ class ComfyUI:
         """Whether the prompt has ended; False where ComfyUI lost it with its connection."""
         progress, deadline = Progress(job), float("inf")
         while True:
-            is_told = (
-                client_id != "" and client_id == self._client_id
-            )  # a connection that was lost takes its client's messages with it
+            # a connection that was lost takes its client's messages with it
+            is_told = bool(client_id) and client_id == self._client_id
             pause = SILENCE_SECONDS if is_told else LOOK_UP_SECONDS
             message = job.next_message(max(0, min(pause, deadline - time.monotonic())))
             kind, about = (message["type"], message["data"]) if message else ("silence", {})
@@ -1579,6 +1578,8 @@ class Worker:
             for name, value in node["inputs"].items():
                 if isinstance(value, str) and SOURCE.match(value) and self.comfyui.is_file(node["class_type"], name):
                     places.setdefault(value, []).append((node["inputs"], name))
+        if not places:  # as for most jobs: there is nothing to watch the client over
+            return
         with self._clients.watch(job):
             names = at_once(functools.partial(self._bring_input, job), list(places))
         for source, stored in zip(places, names, strict=True):
