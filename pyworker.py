@@ -272,6 +272,7 @@ class Job:
     # what a waiting or running job has to hear: its turn, ComfyUI's messages, a lost connection, an order to stop
     inbox: queue.SimpleQueue[Message] = field(default_factory=queue.SimpleQueue)
     has_turn: bool = False  # on the GPU
+    is_submitted: threading.Event = field(default_factory=threading.Event)
     was_accepted: bool = False  # its request was in order and it found a place in the queue: its webhook is owed
     entry: dict[str, Any] = field(default_factory=dict)  # of ComfyUI's history
     outputs: list[Output] = field(default_factory=list)
@@ -718,6 +719,7 @@ class ComfyUI:
         self._socket: websocket.WebSocket | None = None
         self._client_id = ""  # of the websocket's connection; empty while there is none
         self._job: Job | None = None
+        self._told_at = 0.0
         self._was_up = False
         self._failing_since = 0.0  # 0: it is in order
         self._fault = ""  # the prompt that broke the GPU
@@ -799,9 +801,14 @@ class ComfyUI:
         raise ConnectionError("ComfyUI closed the websocket")
 
     def _hear(self, message: Any) -> None:
+        """Passes on what the job has to know: waking its thread for every message took 4 % of a short job's time."""
         with contextlib.suppress(AttributeError, KeyError, TypeError):  # custom nodes send what they like
-            if self._job and message["data"]["prompt_id"] == self._job.prompt_id:
-                self._tell_job(str(message["type"]), message["data"])
+            job, kind, about = self._job, str(message["type"]), message["data"]
+            if job and about["prompt_id"] == job.prompt_id:
+                matters = kind in ("execution_start", "execution_error") or about.get("node", "") is None
+                # the rest shows now and then that the connection lives
+                if matters or job.on_event or time.monotonic() - self._told_at > SILENCE_SECONDS / 2:
+                    self._tell_job(kind, about)
 
     def _connect(self) -> websocket.WebSocket:
         """Opens a connection with an id of its own: ComfyUI can silence a second one with the id of a lost first."""
@@ -825,6 +832,7 @@ class ComfyUI:
 
     def _tell_job(self, type: str, about: Any = None) -> None:
         if job := self._job:
+            self._told_at = time.monotonic()
             job.inbox.put({"type": type, "data": about})
 
     # running a prompt
@@ -859,6 +867,8 @@ class ComfyUI:
             status, answer = self._exchange("/prompt", {"prompt": job.workflow, **about})
         except CONNECTION_LOST:
             return ""
+        finally:
+            job.is_submitted.set()
         with understanding():
             if status == 400:
                 raise self._rejection(answer["error"], answer.get("node_errors") or {}, job.workflow)
@@ -1390,6 +1400,7 @@ def deliver_webhook(job: Job, body: BinaryIO) -> bool:
 TURN: Message = {"type": "turn"}
 MOVED: Message = {"type": "moved"}
 CUT_SHORT = "the worker had to stop before the job ended"
+HEAD_START_SECONDS = 0.02  # that the next prompt has at most before the one that has ended is looked up
 CANCEL_SECONDS = 10  # that cancelled jobs get to be answered before the worker exits
 METRICS = {  # of GET /metrics, each after "pyworker_": type, help
     "jobs_total": ("counter", "Jobs that have ended or were refused, by outcome: completed, or the type of the error."),
@@ -1438,6 +1449,8 @@ class Line:
                 self._call_first()
                 for each in filter(lambda job: job.on_event, self.jobs[1:]):  # the others need not wake up for it
                     each.inbox.put(MOVED)
+        for following in self.jobs[:1]:  # asked for our history first, ComfyUI would have the GPU wait 0.4 ms longer
+            following.is_submitted.wait(HEAD_START_SECONDS)
 
     def _call_first(self) -> None:
         if self.jobs and not self.jobs[0].has_turn:

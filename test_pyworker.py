@@ -2394,6 +2394,68 @@ def test_jobs_run_one_at_a_time_in_the_order_they_came(worker: Worker, comfyui_u
     assert ended == sorted(ended)
 
 
+class RecordingTunnel(Tunnel):
+    """Keeps what is asked, as "POST /prompt" and the like, in order; prompts pass while `gate` is set."""
+
+    def __init__(self, url: str) -> None:
+        self.asked: list[str] = []
+        self.gate = threading.Event()
+        super().__init__(url)
+
+    def hears(self, said: bytes) -> bool:
+        asked = re.match(r"\w+ /\w*", said.decode("latin-1"))[0]  # type: ignore[index]
+        is_whole = asked != "POST /prompt" or b'"prompt_id"' in said  # its body comes after its head
+        if asked == "POST /prompt" and is_whole:
+            self.gate.wait(60)
+        self.asked += [asked] if is_whole else []
+        return True
+
+
+def test_the_next_prompt_goes_before_the_question_for_the_history(
+    start: Callable[..., Worker], comfyui_url: str
+) -> None:
+    tunnel = RecordingTunnel(comfyui_url)
+    code = "import pyworker; pyworker.HEAD_START_SECONDS = 30; pyworker.main()"
+    behind = start(command=("-c", code), COMFYUI_API_BASE=tunnel.url)
+    jobs = [in_background(behind.post, {"workflow_json": picture()}) for _ in range(5)]
+    wait_for("they wait", functools.partial(in_line, behind, 4))
+    tunnel.gate.set()
+    assert [job.result(60).status for job in jobs] == [200] * 5
+    asked = [each for each in tunnel.asked if each in ("POST /prompt", "GET /history")]
+    questions = [position for position, each in enumerate(asked) if each == "GET /history"]
+    prompts_before = [asked[:position].count("POST /prompt") for position in questions]
+    needed = [2, 3, 4, 5, 5]
+    assert all(map(int.__ge__, prompts_before, needed)), f"the GPU waits while a history is read: {asked}"
+
+
+def test_a_slow_answer_to_the_next_prompt_delays_no_job(start: Callable[..., Worker], comfyui_url: str) -> None:
+    tunnel = RecordingTunnel(comfyui_url)
+    behind = start(COMFYUI_API_BASE=tunnel.url)
+    tunnel.gate.set()
+    first = in_background(behind.post, {"workflow_json": long_job(100)})
+    wait_for("it runs", lambda: running_prompts(comfyui_url))
+    tunnel.gate.clear()
+    second = in_background(behind.post, {"workflow_json": picture()})
+    assert first.result(60).status == 200
+    assert not second.done()
+    tunnel.gate.set()
+    assert second.result(60).status == 200
+
+
+def test_a_job_that_its_connection_tells_of_is_not_looked_up(start: Callable[..., Worker], comfyui_url: str) -> None:
+    tunnel = RecordingTunnel(comfyui_url)
+    tunnel.gate.set()
+    code = "import pyworker; pyworker.SILENCE_SECONDS = 2; pyworker.main()"
+    behind = start(command=("-c", code), COMFYUI_API_BASE=tunnel.url)
+    assert behind.post({"workflow_json": text2image()}).status == 200  # loads the model, which takes a silent while
+    job = in_background(behind.post, {"workflow_json": long_job(400)})
+    wait_for("the sampler runs", lambda: running_prompts(comfyui_url))
+    began, before = time.monotonic(), len(tunnel.asked)
+    answer = job.result(120)
+    assert answer.status == 200 and time.monotonic() - began > 3, "the job is too short to tell"
+    assert tunnel.asked[before:] == ["GET /history", "GET /view"]
+
+
 def connect(worker: Worker, input: dict[str, Any]) -> socket.socket:
     """A connection on which a job was asked for, to be closed at will."""
     host, port = worker.url[7:].split(":")
@@ -5092,6 +5154,10 @@ class ByHand:
         entry = fetch(f"{self._url}/history/{prompt_id}").json[prompt_id]
         return len(as_written(self._url, entry["outputs"]["2"]["images"][0]))
 
+    def close(self) -> None:
+        """Ends the connection: ComfyUI tells each that is open of all jobs, and waits for those that do not read."""
+        self._socket.close()
+
 
 class ByWorker:
     """The same over the worker, on a kept connection, the picture in the answer, in S3 (as its URL), or as bytes."""
@@ -5107,6 +5173,10 @@ class ByWorker:
         )
         file = json.load(self._connection.getresponse())["output"][0]
         return len(base64.b64decode(file["data"])) if "data" in file else int(file["size"])
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._connection.close()
 
 
 def timed(driver: Any, jobs: int, make_graph: Callable[[], Any]) -> list[float]:
@@ -5125,8 +5195,9 @@ def timed(driver: Any, jobs: int, make_graph: Callable[[], Any]) -> list[float]:
 
 def load(make: Callable[[], Any], clients: int, jobs: int, make_graph: Callable[[], Any]) -> tuple[list[float], float]:
     """The milliseconds of each job that so many clients have run, and the jobs per second of all together."""
-    drivers = [make() for _ in range(clients)]
-    with ThreadPoolExecutor(clients) as pool:
+    with contextlib.ExitStack() as stack:
+        drivers = [stack.enter_context(contextlib.closing(make())) for _ in range(clients)]
+        pool = stack.enter_context(ThreadPoolExecutor(clients))
         began = time.perf_counter()
         parts = list(pool.map(lambda driver: timed(driver, -(-jobs // clients), make_graph), drivers))
         took = time.perf_counter() - began
@@ -5154,12 +5225,12 @@ BENCH_HEAD = """
 
 
 def compare(one: Callable[[], Any], other: Callable[[], Any], clients: int, jobs: int, graph: Any) -> list[Any]:
-    """Both by turns, five rounds: latencies in ms (lists), then jobs/s (medians of the rounds)."""
+    """Both by turns, in rounds of 100 jobs: latencies in ms (lists), then jobs/s (medians of the rounds)."""
     times: tuple[list[float], list[float]] = ([], [])
     rates: tuple[list[float], list[float]] = ([], [])
-    for number in range(10):
+    for number in range(2 * math.ceil(jobs / 100)):  # a stranger on these cores can halve the rate of a round
         turn = (number + number // 2) % 2  # who is first changes from round to round
-        found, rate = load((one, other)[turn], clients, max(clients, jobs // 5), graph)
+        found, rate = load((one, other)[turn], clients, max(clients, min(jobs, 100)), graph)
         times[turn].extend(found)
         rates[turn].append(rate)
     return [*map(sorted, times), *map(statistics.median, rates)]
@@ -5305,7 +5376,7 @@ def overlap_figure(url: str, folder: pathlib.Path, s3: S3, scale: float, graph: 
         _, rate = load(plain, 4, math.ceil(20 * scale), graph)
         tunnel.seconds = 1 / rate
         slow = functools.partial(ByWorker, worker_url, replace(s3, endpoint=tunnel.url))
-        # many at a time: the last upload of each round has no generation to hide behind
+        # the last upload of each round has no generation to hide behind: one of a hundred
         *_, rate, slow_rate = compare(plain, slow, 4, math.ceil(300 * scale), graph)
     name = f"jobs of {1000 / rate:.0f} ms, uploads that take as long: jobs/s over those without S3"
     yield name, f"{slow_rate:.2f} / {rate:.2f} = {slow_rate / rate:.2f}"
@@ -5339,7 +5410,7 @@ def queue_figures(url: str, folder: pathlib.Path, waiting: int, graph: Any) -> I
 def run_bench(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="test_pyworker.py bench", description=bench.__doc__)
     parser.add_argument("--comfyui", help="the URL of a real ComfyUI; a stand-in without it")
-    parser.add_argument("--jobs", type=int, default=500, help="of each kind, for each line of the table")
+    parser.add_argument("--jobs", type=int, default=2000, help="of each kind, for each line of the table")
     parser.add_argument("--short", action="store_true", help="the first table alone")
     given = parser.parse_args(arguments)
     bench(given.comfyui, given.jobs, 0 if given.short else 1)
