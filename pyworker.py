@@ -272,7 +272,7 @@ class Job:
     # what a waiting or running job has to hear: its turn, ComfyUI's messages, a lost connection, an order to stop
     inbox: queue.SimpleQueue[Message] = field(default_factory=queue.SimpleQueue)
     has_turn: bool = False  # on the GPU
-    is_submitted: threading.Event = field(default_factory=threading.Event)
+    is_submitted: threading.Event = field(default_factory=threading.Event)  # ComfyUI has answered it, or was lost
     was_accepted: bool = False  # its request was in order and it found a place in the queue: its webhook is owed
     entry: dict[str, Any] = field(default_factory=dict)  # of ComfyUI's history
     outputs: list[Output] = field(default_factory=list)
