@@ -5227,14 +5227,18 @@ BENCH_HEAD = """
 
 
 def compare(
-    one: Callable[[], Any], other: Callable[[], Any], clients: int, jobs: int, graph: Any, round: int = 100
+    one: Callable[[], Any], other: Callable[[], Any], clients: int, jobs: int, graph: Any, per_round: int = 50
 ) -> list[Any]:
-    """Both by turns, in rounds of so many jobs: latencies in ms (lists), then jobs/s (medians of the rounds)."""
+    """Both by turns, in rounds of so many jobs: latencies in ms (lists), then jobs/s (medians of the rounds).
+
+    Strangers on these cores slow it down for a second or more: many short rounds bear that better than a few long ones.
+    """
     times: tuple[list[float], list[float]] = ([], [])
     rates: tuple[list[float], list[float]] = ([], [])
-    for number in range(2 * math.ceil(jobs / round)):  # a stranger on these cores can halve the rate of a round
+    per_round = max(clients, min(jobs, max(per_round, 5 * clients)))  # their start and end are bursts
+    for number in range(2 * math.ceil(jobs / per_round)):
         turn = (number + number // 2) % 2  # who is first changes from round to round
-        found, rate = load((one, other)[turn], clients, max(clients, min(jobs, round)), graph)
+        found, rate = load((one, other)[turn], clients, per_round, graph)
         times[turn].extend(found)
         rates[turn].append(rate)
     return [*map(sorted, times), *map(statistics.median, rates)]
@@ -5385,7 +5389,9 @@ def overlap_figure(url: str, folder: pathlib.Path, s3: S3, scale: float, graph: 
     yield name, f"{slow_rate:.2f} / {rate:.2f} = {slow_rate / rate:.2f}"
 
 
-def queue_figures(url: str, folder: pathlib.Path, waiting: int, graph: Any) -> Iterator[tuple[str, str]]:
+def queue_figures(
+    url: str, folder: pathlib.Path, waiting: int, graph: Any, timed_jobs: int = 24
+) -> Iterator[tuple[str, str]]:
     """The cost of a long queue: memory, and the time that jobs before it take on the GPU."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     with bench_worker(url, folder, text2image()) as (process_id, worker_url), contextlib.ExitStack() as stack:
@@ -5395,12 +5401,12 @@ def queue_figures(url: str, folder: pathlib.Path, waiting: int, graph: Any) -> I
         for number in (0, waiting):
             running = in_background(worker.post, {"workflow_json": long_job(300)})
             wait_for("it runs", lambda: worker.health().json["running"])
-            jobs = [in_background(worker.post, {"workflow_json": graph()}) for _ in range(24)]
-            wait_for("they wait", functools.partial(in_line, worker, 24))
+            jobs = [in_background(worker.post, {"workflow_json": graph()}) for _ in range(timed_jobs)]
+            wait_for("they wait", functools.partial(in_line, worker, timed_jobs))
             before = memory_mb(process_id, "VmRSS")
             for _ in range(number):
                 stack.enter_context(connect(worker, {"workflow_json": picture()}))
-            wait_for("all wait", functools.partial(in_line, worker, 24 + number), 120)
+            wait_for("all wait", functools.partial(in_line, worker, timed_jobs + number), 120)
             grown.append(memory_mb(process_id, "VmRSS") - before)
             running.result(300)
             times[number] = [job.result(300).json["timings"]["generation_ms"] for job in jobs]
