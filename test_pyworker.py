@@ -4659,6 +4659,13 @@ def test_the_benchmark_measures_what_it_says(capsys: pytest.CaptureFixture[str])
     assert [line for line in README.splitlines() if line.startswith("| clients |")] == [BENCH_HEAD.split("\n")[1]]
 
 
+def test_the_benchmark_says_where_no_comfyui_is() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    command = [sys.executable, __file__, "bench", "--comfyui", url]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (run.returncode, run.stderr) == (1, f"no ComfyUI answers at {url}\n")
+
+
 def test_the_readmes_install_command_works(comfyui_url: str, tmp_path: pathlib.Path) -> None:
     (code,) = blocks("bash", "pip install")
     for name in ("pyworker.py", "modifiers.py"):
@@ -5222,7 +5229,7 @@ def memory_mb(process_id: int, name: str) -> float:
 # clients, pixels, with S3
 BENCH = [(1, 64, False), (1, 64, True), (8, 512, False), (8, 512, True), (64, 64, False), (64, 64, True)]
 BENCH_HEAD = """
-| clients | picture | to | by hand: median, 95 % (ms) | worker: median, 95 % (ms) | ratio | by hand: jobs/s | worker: jobs/s | ratio | CPU per job (ms) |
+| clients | picture | to | by hand: median, 95 % (ms) | worker: median, 95 % (ms) | time: ratio | by hand: jobs/s | worker: jobs/s | jobs/s: ratio | worker's CPU per job (ms) |
 |---|---|---|---|---|---|---|---|---|---|"""  # noqa: E501
 
 
@@ -5265,6 +5272,8 @@ def bench(comfyui: str | None, jobs: int, scale: float = 1) -> None:
 
     scale: of the sizes and numbers in the second table, which is left out if it is 0.
     """
+    if comfyui and not answers(f"{comfyui}/system_stats"):
+        sys.exit(f"no ComfyUI answers at {comfyui}")
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         url = comfyui or stack.enter_context(stand_in(free_port(), folder))
@@ -5422,9 +5431,10 @@ def queue_figures(
 
 
 def run_bench(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="test_pyworker.py bench", description=bench.__doc__)
+    about = bench.__doc__.partition("\n")[0]  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="test_pyworker.py bench", description=about)
     parser.add_argument("--comfyui", help="the URL of a real ComfyUI; a stand-in without it")
-    parser.add_argument("--jobs", type=int, default=2000, help="of each kind, for each line of the table")
+    parser.add_argument("--jobs", type=int, default=2000, help="of each kind, for each line of the table (2000)")
     parser.add_argument("--short", action="store_true", help="the first table alone")
     given = parser.parse_args(arguments)
     bench(given.comfyui, given.jobs, 0 if given.short else 1)
