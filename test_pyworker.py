@@ -5142,7 +5142,7 @@ def test_the_line_for_cron_deletes_what_is_old_and_nothing_else(tmp_path: pathli
 
 
 class ByHand:
-    """ComfyUI driven as directly as Python can: one websocket kept; prompt, history and view by urllib."""
+    """ComfyUI driven by hand, as scripts do: one websocket kept; prompt, history and view by urllib."""
 
     def __init__(self, url: str) -> None:
         self._url, self._client_id = url, uuid.uuid4().hex
@@ -5203,7 +5203,7 @@ def timed(driver: Any, jobs: int, make_graph: Callable[[], Any]) -> list[tuple[f
 def load(make: Callable[[], Any], clients: int, jobs: int, make_graph: Callable[[], Any]) -> tuple[list[float], float]:
     """The milliseconds of each job that so many clients have run, and the jobs per second of all together.
 
-    The rate is that of the answers, from the first to the last: neither start nor end of a round counts.
+    The rate is that of the answers, from the first to the last: the start of a round does not count.
     """
     with contextlib.ExitStack() as stack:
         drivers = [stack.enter_context(contextlib.closing(make())) for _ in range(clients)]
