@@ -5459,6 +5459,7 @@ Ctrl-C ends it.
 def demo(port: int) -> None:
     """Starts the stand-in and the worker in front of it, prints what to try, and runs until Ctrl-C."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that what it started ends with it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & has it ignored
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
