@@ -71,12 +71,19 @@ def build(name: str, modifications: dict[str, Any], context: Context) -> Graph:
     """The graph that the modifier of that name makes of the modifications; InvalidModification says what is wrong."""
     if function := MODIFIERS.get(name):
         given = {"context": context, "modifications": modifications}
-        extra = {each: given[each] for each in given.keys() & inspect.signature(function).parameters.keys()}
-        return function(**({} if "modifications" in extra else _arguments(function, modifications)), **extra)
+        extra = {
+            each: given[each]
+            for each in given.keys() & inspect.signature(function).parameters.keys()
+        }
+        return function(
+            **({} if "modifications" in extra else _arguments(function, modifications)), **extra
+        )
     if path := _files(context).get(name):
         return fill(load(path), modifications)
     listed = names(context)
-    raise InvalidModification(f"there is no modifier {name!r:.80}; there is: {', '.join(listed)}", modifiers=listed)
+    raise InvalidModification(
+        f"there is no modifier {name!r:.80}; there is: {', '.join(listed)}", modifiers=listed
+    )
 
 
 def _arguments(function: Callable[..., Graph], modifications: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +91,9 @@ def _arguments(function: Callable[..., Graph], modifications: dict[str, Any]) ->
     parameters = _parameters(function)
     required = {name for name, about in parameters.items() if "default" not in about}
     problems = [f"unknown {name!r}" for name in modifications if name not in parameters]
-    problems += [f"{name} is missing" for name in parameters if name in required - modifications.keys()]
+    problems += [
+        f"{name} is missing" for name in parameters if name in required - modifications.keys()
+    ]
     arguments = {}
     for name in [name for name in modifications if name in parameters]:
         try:
@@ -92,7 +101,9 @@ def _arguments(function: Callable[..., Graph], modifications: dict[str, Any]) ->
         except InvalidModification as error:
             problems.append(str(error))
     if problems:
-        message = f"{'; '.join(problems[:10])}; there is: {', '.join(map(_describe, parameters.items()))}"
+        message = (
+            f"{'; '.join(problems[:10])}; there is: {', '.join(map(_describe, parameters.items()))}"
+        )
         raise InvalidModification(f"{function.__name__}: {message}", schema=parameters)
     return arguments
 
@@ -105,12 +116,20 @@ def _parameters(function: Callable[..., Graph]) -> dict[str, dict[str, Any]]:
             schema = {**schema, **_parameters(Text2Image), **schema}
         if each.kind in (each.KEYWORD_ONLY, each.VAR_KEYWORD):
             continue
-        kinds = get_args(each.annotation) if get_origin(each.annotation) in (Union, UnionType) else (each.annotation,)
+        kinds = (
+            get_args(each.annotation)
+            if get_origin(each.annotation) in (Union, UnionType)
+            else (each.annotation,)
+        )
         if not set(kinds) <= TYPE_NAMES.keys():
-            raise ValueError(f"{function.__name__}: {name} needs a type: str, int, float, bool, or a union of them")
+            raise ValueError(
+                f"{function.__name__}: {name} needs a type: str, int, float, bool, or a union of them"
+            )
         schema[name] = {"type": [TYPE_NAMES[kind] for kind in kinds]}
         if each.default is not each.empty:
-            _convert(f"{function.__name__}: the default of {name}", each.default, schema[name]["type"])
+            _convert(
+                f"{function.__name__}: the default of {name}", each.default, schema[name]["type"]
+            )
             schema[name]["default"] = each.default
     return schema
 
@@ -142,9 +161,15 @@ def _files(context: Context) -> dict[str, Path]:
 def load(path: Path) -> Graph:
     """The graph in the file, in API format; InvalidModification says by the file's name what is wrong with it."""
     try:
-        graph: Graph = json.loads(path.read_text("utf-8-sig"), parse_constant=int)  # int refuses NaN
+        graph: Graph = json.loads(
+            path.read_text("utf-8-sig"), parse_constant=int
+        )  # int refuses NaN
     except (OSError, ValueError, RecursionError) as error:
-        fault = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else f"is not JSON: {error}"
+        fault = (
+            f"cannot be read: {error.strerror}"
+            if isinstance(error, OSError)
+            else f"is not JSON: {error}"
+        )
     else:
         fault = _fault(graph)
     if fault:
@@ -159,7 +184,11 @@ def _fault(graph: Any) -> str:
     if isinstance(graph.get("nodes"), list):
         return "is in the editor's own format; in ComfyUI, use Workflow > Export (API)"
     for node_id, node in graph.items():
-        kinds = [type(node[each]) for each in ("class_type", "inputs") if isinstance(node, dict) and each in node]
+        kinds = [
+            type(node[each])
+            for each in ("class_type", "inputs")
+            if isinstance(node, dict) and each in node
+        ]
         if kinds != [str, dict]:
             return f"is not in API format: node {node_id!r} needs a class_type (a string) and inputs (an object)"
     return ""
@@ -167,14 +196,20 @@ def _fault(graph: Any) -> str:
 
 # Filling a graph ######################################################################################################
 
-Target = tuple[str, ...]  # a node's id and the name of one of its inputs; or a placeholder's name alone
+Target = tuple[
+    str, ...
+]  # a node's id and the name of one of its inputs; or a placeholder's name alone
 
 PROMPTS = {"prompt": "positive", "negative_prompt": "negative"}
 PLACEHOLDER = re.compile(r"\{\{ *([\w.:-]+) *\}\}")
 # A graph does not have the types of its inputs, so what they are for is told by their names.
-CONDITIONING = re.compile(r"cond(?!2)|positive|negative|guider|any_|input\d|on_")  # from any_ on: of switches
+CONDITIONING = re.compile(
+    r"cond(?!2)|positive|negative|guider|any_|input\d|on_"
+)  # from any_ on: of switches
 TEXT = re.compile(r"text|prompt|string|value|^tags|positive|negative")
-NO_TEXT = re.compile(r"system|padding|encoder|template|type|mode|^clip$")  # other inputs of text encoders
+NO_TEXT = re.compile(
+    r"system|padding|encoder|template|type|mode|^clip$"
+)  # other inputs of text encoders
 LATENT = re.compile(r"samples|latent|pixels|^image")
 
 
@@ -188,7 +223,9 @@ def fill(graph: Graph, modifications: dict[str, Any]) -> Graph:
             targets = [(name.casefold(),)] if name.casefold() in known else _targets(graph, name)
             converted = {target: _convert(name, value, _kinds(graph, target)) for target in targets}
             if any(values.get(target, each) != each for target, each in converted.items()):
-                raise InvalidModification(f"{name} sets an input that another modification sets as well")
+                raise InvalidModification(
+                    f"{name} sets an input that another modification sets as well"
+                )
             values |= converted
         except InvalidModification as error:
             problems.append(str(error))
@@ -197,20 +234,38 @@ def fill(graph: Graph, modifications: dict[str, Any]) -> Graph:
     left = {target: value for target, value in _inputs(graph) if target not in values}
     asked = {name for value in left.values() for name in _placeholders(value)}
     given = {target[0] for target in values if not target[1:]}
-    problems += [f"{name} is missing, which the workflow has a placeholder for" for name in sorted(asked - given)]
-    problems += [f"{name} fills a text that another modification replaces" for name in sorted(given - asked)]
-    problems += [f"{'.'.join(target)} is not below steps: name both" for target in _skipped(graph, values)]
+    problems += [
+        f"{name} is missing, which the workflow has a placeholder for"
+        for name in sorted(asked - given)
+    ]
+    problems += [
+        f"{name} fills a text that another modification replaces" for name in sorted(given - asked)
+    ]
+    problems += [
+        f"{'.'.join(target)} is not below steps: name both" for target in _skipped(graph, values)
+    ]
     if problems:
-        _refuse(graph, sorted(known | {name for name, role in PROMPTS.items() if _texts(graph, role)}), problems)
+        _refuse(
+            graph,
+            sorted(known | {name for name, role in PROMPTS.items() if _texts(graph, role)}),
+            problems,
+        )
     values |= {target: _replace(value, values) for target, value in left.items()}
-    return {key: {**graph[key], "inputs": {name: values[key, name] for name in graph[key]["inputs"]}} for key in graph}
+    return {
+        key: {**graph[key], "inputs": {name: values[key, name] for name in graph[key]["inputs"]}}
+        for key in graph
+    }
 
 
 def _skipped(graph: Graph, values: dict[Target, Any]) -> list[Target]:
     """Where samplers share their steps: the starts of those that would be left nothing to do by new steps."""
     now = {**dict(_inputs(graph)), **values}
     starts = {target: (target[0], "start_at_step") for target in values if target[1:] == ("steps",)}
-    return [each for steps, each in starts.items() if isinstance(now.get(each), int) and 0 < now[each] >= now[steps]]
+    return [
+        each
+        for steps, each in starts.items()
+        if isinstance(now.get(each), int) and 0 < now[each] >= now[steps]
+    ]
 
 
 def _kinds(graph: Graph, target: Target) -> list[str]:
@@ -219,7 +274,9 @@ def _kinds(graph: Graph, target: Target) -> list[str]:
     if isinstance(present, str) and "{{" in present:
         return ["string", "number", "boolean"]
     if not isinstance(present, (str, int, float)):
-        raise InvalidModification(f"{'.'.join(target)} is linked to another node, or holds no single value")
+        raise InvalidModification(
+            f"{'.'.join(target)} is linked to another node, or holds no single value"
+        )
     kind = "integer" if present == RANDOM_INT else TYPE_NAMES[type(present)]
     return ["integer", "number"] if kind == "integer" else [kind]
 
@@ -228,10 +285,14 @@ def _refuse(graph: Graph, names: list[str], problems: list[str]) -> NoReturn:
     targets = [target for target, value in _inputs(graph) if isinstance(value, (str, int, float))]
     settable = [{"name": name} for name in names] + [_about(graph, target) for target in targets]
     takes = ", ".join([*names, *(_shown(graph, target) for target in targets)][:40])
-    raise InvalidModification(f"{'; '.join(problems[:10])}; what can be set: {takes}", settable=settable)
+    raise InvalidModification(
+        f"{'; '.join(problems[:10])}; what can be set: {takes}", settable=settable
+    )
 
 
-def _refuse_unlike(graph: Graph, name: str, targets: list[Target], is_unclear: bool = False) -> None:
+def _refuse_unlike(
+    graph: Graph, name: str, targets: list[Target], is_unclear: bool = False
+) -> None:
     """Refuses a name for several inputs that hold different values: it may be meant for one of them."""
     if is_unclear or any(_value(graph, target) != _value(graph, targets[0]) for target in targets):
         choices = ", ".join(_shown(graph, target) for target in targets)
@@ -249,7 +310,11 @@ def _shown(graph: Graph, target: Target) -> str:
 
 
 def _inputs(graph: Graph) -> Iterator[tuple[Target, Any]]:
-    return (((node_id, name), value) for node_id, node in graph.items() for name, value in node["inputs"].items())
+    return (
+        ((node_id, name), value)
+        for node_id, node in graph.items()
+        for name, value in node["inputs"].items()
+    )
 
 
 def _value(graph: Graph, target: Target) -> Any:
@@ -268,7 +333,11 @@ def _replace(value: Any, values: dict[Target, Any]) -> Any:
         return [_replace(each, values) for each in value]
     if isinstance(value, str) and (whole := PLACEHOLDER.fullmatch(value)):
         return values[(whole[1].casefold(),)]
-    return PLACEHOLDER.sub(lambda found: str(_replace(found[0], values)), value) if isinstance(value, str) else value
+    return (
+        PLACEHOLDER.sub(lambda found: str(_replace(found[0], values)), value)
+        if isinstance(value, str)
+        else value
+    )
 
 
 def _targets(graph: Graph, name: str) -> list[Target]:
@@ -276,7 +345,9 @@ def _targets(graph: Graph, name: str) -> list[Target]:
     node_id, _, each = name.rpartition(".")
     if node_id in graph and each in graph[node_id]["inputs"]:
         return [(node_id, each)]
-    find = {"prompt": _prompt, "negative_prompt": _prompt, "width": _size, "height": _size}.get(name)
+    find = {"prompt": _prompt, "negative_prompt": _prompt, "width": _size, "height": _size}.get(
+        name
+    )
     if find and (found := find(graph, name)):
         return found
     names = ("seed", "noise_seed") if name == "seed" else (name,)
@@ -293,9 +364,15 @@ def _targets(graph: Graph, name: str) -> list[Target]:
 def _literals(graph: Graph, targets: list[Target]) -> list[Target]:
     """Those of the inputs that hold a value, and for those linked to a node that is nothing but a number, that one."""
     kinds = dict.fromkeys(targets, (str, int, float))
-    reached = _reached(graph, targets, lambda id: [*graph[id]["inputs"]] if len(graph[id]["inputs"]) == 1 else [])
+    reached = _reached(
+        graph, targets, lambda id: [*graph[id]["inputs"]] if len(graph[id]["inputs"]) == 1 else []
+    )
     found = {target: _value(graph, target) for target in reached}
-    return [target for target, value in found.items() if isinstance(value, kinds.get(target, (int, float)))]
+    return [
+        target
+        for target, value in found.items()
+        if isinstance(value, kinds.get(target, (int, float)))
+    ]
 
 
 def _prompt(graph: Graph, name: str) -> list[Target]:
@@ -311,7 +388,9 @@ def _texts(graph: Graph, role: str) -> list[Target]:
 
     def step(source: str) -> list[str]:
         inputs = graph[source]["inputs"]
-        links = [each for each in inputs if CONDITIONING.match(each) and _linked(graph, (source, each))]
+        links = [
+            each for each in inputs if CONDITIONING.match(each) and _linked(graph, (source, each))
+        ]
         texts = [each for each in inputs if not NO_TEXT.search(each)]
         telling = [each for each in texts if TEXT.search(each)]
         # An encoder whose inputs have no telling names is known by its clip.
@@ -321,7 +400,11 @@ def _texts(graph: Graph, role: str) -> list[Target]:
     starts = [target for target, _ in _inputs(graph) if target[1] in (role, "guider")]
     prompt = _texts(graph, "positive") if role == "negative" else []
     found = _reached(graph, starts, step)
-    return [target for target in found if isinstance(_value(graph, target), str) and target not in prompt]
+    return [
+        target
+        for target in found
+        if isinstance(_value(graph, target), str) and target not in prompt
+    ]
 
 
 def _of_role(names: list[str], role: str) -> list[str]:
@@ -337,11 +420,15 @@ def _size(graph: Graph, name: str) -> list[Target]:
         inputs = graph[source]["inputs"]
         return [name] if name in inputs else [each for each in inputs if LATENT.search(each)]
 
-    reached = _reached(graph, [target for target, _ in _inputs(graph) if target[1] == "latent_image"], step)
+    reached = _reached(
+        graph, [target for target, _ in _inputs(graph) if target[1] == "latent_image"], step
+    )
     found = _literals(graph, [target for target in reached if target[1] == name])
     _refuse_unlike(graph, name, found)
     # What a text encoder calls its width is the size of the pictures that the model was trained on.
-    others: list[Target] = [(node_id, name) for node_id in graph if not _linked(graph, (node_id, "clip"))]
+    others: list[Target] = [
+        (node_id, name) for node_id in graph if not _linked(graph, (node_id, "clip"))
+    ]
     alike = _literals(graph, found and found + others)
     return [target for target in alike if _value(graph, target) == _value(graph, found[0])]
 
@@ -360,7 +447,11 @@ def _reached(graph: Graph, starts: list[Target], step: Callable[[str], list[str]
 def _linked(graph: Graph, target: Target) -> list[str]:
     """The node that an input is linked to, if it is."""
     value = _value(graph, target)
-    is_link = isinstance(value, list) and [type(each) for each in value] == [str, int] and value[0] in graph
+    is_link = (
+        isinstance(value, list)
+        and [type(each) for each in value] == [str, int]
+        and value[0] in graph
+    )
     return value[:1] if is_link else []
 
 
@@ -387,17 +478,39 @@ def Text2Image(
 ) -> Graph:
     """A picture after a text, with a Stable Diffusion checkpoint; without a seed a random one, `cfg_scale` is `cfg`."""
     checkpoint = _default_checkpoint(context) if ckpt_name is None else ckpt_name
-    numbers = {"seed": RANDOM_INT if seed is None else seed, "cfg": cfg if cfg_scale is None else cfg_scale}
-    sampling = {"steps": steps, "sampler_name": sampler_name, "scheduler": scheduler, "denoise": denoise}
-    links = {"model": ["4", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}
+    numbers = {
+        "seed": RANDOM_INT if seed is None else seed,
+        "cfg": cfg if cfg_scale is None else cfg_scale,
+    }
+    sampling = {
+        "steps": steps,
+        "sampler_name": sampler_name,
+        "scheduler": scheduler,
+        "denoise": denoise,
+    }
+    links = {
+        "model": ["4", 0],
+        "positive": ["6", 0],
+        "negative": ["7", 0],
+        "latent_image": ["5", 0],
+    }
     return {
         "3": {"class_type": "KSampler", "inputs": {**numbers, **sampling, **links}},
         "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoint}},
-        "5": {"class_type": "EmptyLatentImage", "inputs": {"width": width, "height": height, "batch_size": batch_size}},
+        "5": {
+            "class_type": "EmptyLatentImage",
+            "inputs": {"width": width, "height": height, "batch_size": batch_size},
+        },
         "6": {"class_type": "CLIPTextEncode", "inputs": {"text": prompt, "clip": ["4", 1]}},
-        "7": {"class_type": "CLIPTextEncode", "inputs": {"text": negative_prompt, "clip": ["4", 1]}},
+        "7": {
+            "class_type": "CLIPTextEncode",
+            "inputs": {"text": negative_prompt, "clip": ["4", 1]},
+        },
         "8": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["4", 2]}},
-        "9": {"class_type": "SaveImage", "inputs": {"filename_prefix": "ComfyUI", "images": ["8", 0]}},
+        "9": {
+            "class_type": "SaveImage",
+            "inputs": {"filename_prefix": "ComfyUI", "images": ["8", 0]},
+        },
     }
 
 
@@ -417,12 +530,22 @@ def Image2Image(
     graph = Text2Image(prompt, denoise=denoise, context=context, **others)
     graph["10"] = {"class_type": "LoadImage", "inputs": {"image": input_image}}
     graph["5"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["10", 0], "vae": ["4", 2]}}
-    if width is not None or height is not None:  # ImageScale makes of a 0 what keeps the proportions
-        size = {"width": width or 0, "height": height or 0, "upscale_method": "lanczos", "crop": "center"}
+    if (
+        width is not None or height is not None
+    ):  # ImageScale makes of a 0 what keeps the proportions
+        size = {
+            "width": width or 0,
+            "height": height or 0,
+            "upscale_method": "lanczos",
+            "crop": "center",
+        }
         graph["11"] = {"class_type": "ImageScale", "inputs": {"image": ["10", 0], **size}}
         graph["5"]["inputs"]["pixels"] = ["11", 0]
     if batch_size != 1:
-        graph["12"] = {"class_type": "RepeatLatentBatch", "inputs": {"samples": ["5", 0], "amount": batch_size}}
+        graph["12"] = {
+            "class_type": "RepeatLatentBatch",
+            "inputs": {"samples": ["5", 0], "amount": batch_size},
+        }
         graph["3"]["inputs"]["latent_image"] = ["12", 0]
     return graph
 
@@ -439,5 +562,7 @@ def _default_checkpoint(context: Context) -> str:
     chosen = context.settings.default_checkpoint
     installed = [chosen] if chosen else context.choices("CheckpointLoaderSimple", "ckpt_name")
     if not installed:
-        raise InvalidModification("ComfyUI has no checkpoint: put a .safetensors file into its models/checkpoints")
+        raise InvalidModification(
+            "ComfyUI has no checkpoint: put a .safetensors file into its models/checkpoints"
+        )
     return installed[0]

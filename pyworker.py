@@ -61,14 +61,18 @@ from typing import Any, BinaryIO
 try:
     import websocket
 except ImportError:
-    sys.exit("WORKER_ERROR: the package websocket-client is missing; install it with: pip install websocket-client")
+    sys.exit(
+        "WORKER_ERROR: the package websocket-client is missing; install it with: pip install websocket-client"
+    )
 
 __version__ = "1.0.0"
 COST = 100  # of each request: the static figure that an autoscaler is given
 
 log = logging.getLogger("pyworker")
 
-Graph = dict[str, dict[str, Any]]  # ComfyUI's API format: node id -> {"class_type": …, "inputs": {…}}
+Graph = dict[
+    str, dict[str, Any]
+]  # ComfyUI's API format: node id -> {"class_type": …, "inputs": {…}}
 Output = dict[str, Any]  # one entry of an answer's "output"
 Message = dict[str, Any]  # one websocket message: {"type": …, "data": {…}}
 
@@ -78,7 +82,9 @@ CONNECTION_LOST = (OSError, http.client.HTTPException)
 
 # Settings #############################################################################################################
 
-Reader = Callable[[Any], Any]  # checks one value and returns what it means; its ValueError says what it has to be
+Reader = Callable[
+    [Any], Any
+]  # checks one value and returns what it means; its ValueError says what it has to be
 
 BLANK: tuple[Any, ...] = ("", {}, None)  # what templates leave in a field that is not filled in
 
@@ -119,11 +125,19 @@ def read_fields(given: Mapping[str, Any], readers: Mapping[str, Reader]) -> dict
 
 def is_url(text: Any) -> bool:
     """Whether it is an http(s) URL that http.client will take: without spaces, control and non-ASCII characters."""
-    with contextlib.suppress(ValueError):  # of a port or a name that is none, or a bracket without its twin
+    with contextlib.suppress(
+        ValueError
+    ):  # of a port or a name that is none, or a bracket without its twin
         parts = urllib.parse.urlsplit(text if isinstance(text, str) else "")
         # a % would begin an IPv6 address' zone, which libraries read in ways of their own
-        is_web = parts.scheme in ("http", "https") and parts.port != 0 and not re.search("[@%]", parts.netloc)
-        return bool(is_web and re.fullmatch(r"[!-~]+", text) and (parts.hostname or "").encode("idna"))
+        is_web = (
+            parts.scheme in ("http", "https")
+            and parts.port != 0
+            and not re.search("[@%]", parts.netloc)
+        )
+        return bool(
+            is_web and re.fullmatch(r"[!-~]+", text) and (parts.hostname or "").encode("idna")
+        )
     return False
 
 
@@ -158,43 +172,84 @@ class Settings:
     worker_host: str = _setting("127.0.0.1", read_text, "address to listen on")
     port: int = _setting(8000, number(0, 65535, int), "port to listen on")
     comfyui_api_base: str = _setting("http://127.0.0.1:8188", read_url, "where ComfyUI answers")
-    comfyui_install_path: str = _setting("", read_text, "ComfyUI's folder; set, an answer shows each file's local_path")
-    comfyui_return_timeout: float = _setting(120.0, read_seconds, "seconds that ComfyUI may stay away under a job")
-    auth_token: str = _setting("", read_plain, "what clients have to send as 'Authorization: Bearer <token>'")
-    max_queue_size: int = _setting(100, read_count, "jobs that may wait for the GPU; the next one gets 503")
+    comfyui_install_path: str = _setting(
+        "", read_text, "ComfyUI's folder; set, an answer shows each file's local_path"
+    )
+    comfyui_return_timeout: float = _setting(
+        120.0, read_seconds, "seconds that ComfyUI may stay away under a job"
+    )
+    auth_token: str = _setting(
+        "", read_plain, "what clients have to send as 'Authorization: Bearer <token>'"
+    )
+    max_queue_size: int = _setting(
+        100, read_count, "jobs that may wait for the GPU; the next one gets 503"
+    )
     max_body_bytes: int = _setting(64 << 20, read_count, "largest request body")
-    max_input_bytes: int = _setting(100 << 20, read_count, "largest file that a workflow may name by its URL")
-    output_base64_max_bytes: int = _setting(64 << 20, read_count, "largest file that an answer carries as base64")
-    job_timeout: float = _setting(0.0, read_seconds, "seconds that a job may take on the GPU; 0: no limit")
-    shutdown_grace: float = _setting(300.0, read_seconds, "seconds that SIGTERM leaves a running job and webhooks")
-    s3_access_key_id: str = _setting("", read_plain, "S3 key; with neither key set, boto3's own chain is used")
+    max_input_bytes: int = _setting(
+        100 << 20, read_count, "largest file that a workflow may name by its URL"
+    )
+    output_base64_max_bytes: int = _setting(
+        64 << 20, read_count, "largest file that an answer carries as base64"
+    )
+    job_timeout: float = _setting(
+        0.0, read_seconds, "seconds that a job may take on the GPU; 0: no limit"
+    )
+    shutdown_grace: float = _setting(
+        300.0, read_seconds, "seconds that SIGTERM leaves a running job and webhooks"
+    )
+    s3_access_key_id: str = _setting(
+        "", read_plain, "S3 key; with neither key set, boto3's own chain is used"
+    )
     s3_secret_access_key: str = _setting("", read_plain, "its secret")
     s3_bucket_name: str = _setting("", read_plain, "bucket; naming one turns S3 on")
     s3_endpoint_url: str = _setting("", read_url, "S3 server; empty: AWS")
     s3_region: str = _setting("", read_plain, "its region")
     s3_prefix: str = _setting("", read_text, "put before every S3 key")
-    s3_connect_timeout: float = _setting(60.0, read_timeout, "seconds until a connection to S3 counts as failed")
-    s3_connect_attempts: int = _setting(3, number(1, 1000, int), "tries of each S3 request, the first one included")
-    s3_url_expires: int = _setting(604800, number(1, 604800, int), "seconds that a presigned URL is valid")
+    s3_connect_timeout: float = _setting(
+        60.0, read_timeout, "seconds until a connection to S3 counts as failed"
+    )
+    s3_connect_attempts: int = _setting(
+        3, number(1, 1000, int), "tries of each S3 request, the first one included"
+    )
+    s3_url_expires: int = _setting(
+        604800, number(1, 604800, int), "seconds that a presigned URL is valid"
+    )
     webhook_url: str = _setting("", read_url, "gets a POST for every job that ends")
-    webhook_timeout: float = _setting(30.0, read_timeout, "seconds until a webhook's receiver counts as silent")
-    webhook_secret: bytes = _setting(b"", read_signing_key, "signs what goes to WEBHOOK_URL: whsec_ and base64")
+    webhook_timeout: float = _setting(
+        30.0, read_timeout, "seconds until a webhook's receiver counts as silent"
+    )
+    webhook_secret: bytes = _setting(
+        b"", read_signing_key, "signs what goes to WEBHOOK_URL: whsec_ and base64"
+    )
     workflow_file: str = _setting("", read_text, "the workflow of RawWorkflow, in API format")
-    workflows_dir: str = _setting("", read_text, "folder of workflows; each is a modifier under its file's name")
-    default_checkpoint: str = _setting("", read_text, "Text2Image's checkpoint; empty: the first that ComfyUI lists")
-    include_comfyui_response: bool = _setting(False, read_flag, "put ComfyUI's history entry into every answer")
-    allow_private_addresses: bool = _setting(False, read_flag, "let URLs in requests lead to private addresses")
+    workflows_dir: str = _setting(
+        "", read_text, "folder of workflows; each is a modifier under its file's name"
+    )
+    default_checkpoint: str = _setting(
+        "", read_text, "Text2Image's checkpoint; empty: the first that ComfyUI lists"
+    )
+    include_comfyui_response: bool = _setting(
+        False, read_flag, "put ComfyUI's history entry into every answer"
+    )
+    allow_private_addresses: bool = _setting(
+        False, read_flag, "let URLs in requests lead to private addresses"
+    )
     comfy_org_api_key: str = _setting("", read_plain, "passed on to ComfyUI for its partner nodes")
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
         """Reads and checks the environment; ValueError names the variable at fault, never a secret's value."""
         rows = {each.name.upper(): each for each in fields(cls)}
-        given = {name: _from_text(environ.get(name, "").strip(), each.default) for name, each in rows.items()}
+        given = {
+            name: _from_text(environ.get(name, "").strip(), each.default)
+            for name, each in rows.items()
+        }
         values = read_fields(given, {name: each.metadata["read"] for name, each in rows.items()})
         settings = cls(**{name.lower(): value for name, value in values.items()})
         if bool(settings.s3_access_key_id) != bool(settings.s3_secret_access_key):
-            raise ValueError("S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY come in pairs: set both or neither")
+            raise ValueError(
+                "S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY come in pairs: set both or neither"
+            )
         return settings
 
 
@@ -233,16 +288,28 @@ def invalid(message: str, type: str = "invalid_request", **details: Any) -> JobE
 def not_ready(state: str) -> JobError:
     """What a worker answers to a job that it cannot begin."""
     if state == "stopping":
-        return JobError(503, "shutting_down", "the worker is stopping; send the job again, to another one or later")
+        return JobError(
+            503,
+            "shutting_down",
+            "the worker is stopping; send the job again, to another one or later",
+        )
     trouble = {"starting": "is not up yet", "faulted": "has lost its GPU and has to be restarted"}
-    return JobError(503, "comfyui_unavailable", f"ComfyUI {trouble.get(state, 'does not answer')}; try again later")
+    return JobError(
+        503,
+        "comfyui_unavailable",
+        f"ComfyUI {trouble.get(state, 'does not answer')}; try again later",
+    )
 
 
 # Job ##################################################################################################################
 
 RANDOM_INT = "__RANDOM_INT__"
-MAX_JSON_VALUES = 10**6  # graphs have some thousands; 64 MiB of "[],[],[]" would take 3 GB and half a minute
-MAX_JSON_DEPTH = 100  # ComfyUI's own graphs nest 5 deep; deeper ones only serve to exhaust the stack
+MAX_JSON_VALUES = (
+    10**6
+)  # graphs have some thousands; 64 MiB of "[],[],[]" would take 3 GB and half a minute
+MAX_JSON_DEPTH = (
+    100  # ComfyUI's own graphs nest 5 deep; deeper ones only serve to exhaust the stack
+)
 EVENT_STREAM, JSON, BYTES = "text/event-stream", "application/json", "application/octet-stream"
 TIMINGS = ("queue_ms", "preprocess_ms", "generation_ms", "postprocess_ms")
 
@@ -256,24 +323,36 @@ class Job:
     modifier: str = ""
     modifications: dict[str, Any] = field(default_factory=dict)
     workflow: Graph = field(default_factory=dict)  # empty until the modifier has built it
-    settings: Settings = field(default_factory=Settings)  # the operator's, under what the request says of its own
+    settings: Settings = field(
+        default_factory=Settings
+    )  # the operator's, under what the request says of its own
     chosen: set[str] = field(default_factory=set)  # the settings that the request changed
     extra_params: dict[str, Any] = field(default_factory=dict)  # of the webhook
     return_outputs_as_base64: bool = False
     output_format: str = ""  # what still images are converted to: webp or jpeg
     output_quality: int = 90
-    accept: str = ""  # the header; once the job is read, the media range that is to be answered with
+    accept: str = (
+        ""  # the header; once the job is read, the media range that is to be answered with
+    )
     prefer: str = ""  # the header
-    on_event: Callable[[str, dict[str, Any]], None] | None = None  # hears of the job's life: its name, and about it
+    on_event: Callable[[str, dict[str, Any]], None] | None = (
+        None  # hears of the job's life: its name, and about it
+    )
     connection: socket.socket | None = None  # of its client
     prompt_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     received_at: float = field(default_factory=time.time)
-    timings: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMINGS, 0.0))  # milliseconds
+    timings: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(TIMINGS, 0.0)
+    )  # milliseconds
     # what a waiting or running job has to hear: its turn, ComfyUI's messages, a lost connection, an order to stop
     inbox: queue.SimpleQueue[Message] = field(default_factory=queue.SimpleQueue)
     has_turn: bool = False  # on the GPU
-    is_submitted: threading.Event = field(default_factory=threading.Event)  # ComfyUI has answered, or never will
-    was_accepted: bool = False  # its request was in order and it found a place in the queue: its webhook is owed
+    is_submitted: threading.Event = field(
+        default_factory=threading.Event
+    )  # ComfyUI has answered, or never will
+    was_accepted: bool = (
+        False  # its request was in order and it found a place in the queue: its webhook is owed
+    )
     entry: dict[str, Any] = field(default_factory=dict)  # of ComfyUI's history
     outputs: list[Output] = field(default_factory=list)
     answer_file: Output | None = None  # whose bytes are the answer
@@ -298,7 +377,10 @@ class Job:
     @property
     def is_async(self) -> bool:
         """Whether the answer is to come before the job has run (RFC 7240)."""
-        return any(each.partition(";")[0].strip() == "respond-async" for each in self.prefer.lower().split(","))
+        return any(
+            each.partition(";")[0].strip() == "respond-async"
+            for each in self.prefer.lower().split(",")
+        )
 
     @property
     def files(self) -> list[Output]:
@@ -333,13 +415,20 @@ def parse_request(body: bytes) -> dict[str, Any]:
         raise invalid(f"the body has more than {MAX_JSON_VALUES} values")
     try:
         value = json.loads(body, parse_constant=_finite, parse_float=_finite)
-        json.dumps(change_text(value, str, MAX_JSON_DEPTH), ensure_ascii=False).encode()  # halves of surrogate pairs
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        json.dumps(
+            change_text(value, str, MAX_JSON_DEPTH), ensure_ascii=False
+        ).encode()  # halves of surrogate pairs
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise invalid(f"the body is not JSON that can be read: {error}") from None
     if isinstance(value, dict) and isinstance(value.get("payload"), dict):
         value = value["payload"]
     if not isinstance(value, dict) or not isinstance(value.get("input"), dict):
-        raise invalid('the body has to be a JSON object with the job in "input": {"input": {"workflow_json": {...}}}')
+        raise invalid(
+            'the body has to be a JSON object with the job in "input": {"input": {"workflow_json": {...}}}'
+        )
     return dict(value)
 
 
@@ -365,7 +454,11 @@ def fill_random(value: Any) -> Any:
 
     def fill(text: str) -> str | int:
         whole = text == RANDOM_INT
-        return random.getrandbits(32) if whole else re.sub(RANDOM_INT, lambda _: str(random.getrandbits(32)), text)
+        return (
+            random.getrandbits(32)
+            if whole
+            else re.sub(RANDOM_INT, lambda _: str(random.getrandbits(32)), text)
+        )
 
     return change_text(value, fill)
 
@@ -380,15 +473,27 @@ def read_graph(graph: Any) -> Graph:
     for node_id, node in graph.items():
         kind = node.get("class_type") if isinstance(node, dict) else None
         if not isinstance(kind, str) or not 0 < len(kind) < 1000:
-            hint = "; of a body for ComfyUI's /prompt, send what is in its prompt" if node_id == "prompt" else ""
-            raise ValueError(f"is not in API format: node {node_id!r} has to have a class_type (a string){hint}")
+            hint = (
+                "; of a body for ComfyUI's /prompt, send what is in its prompt"
+                if node_id == "prompt"
+                else ""
+            )
+            raise ValueError(
+                f"is not in API format: node {node_id!r} has to have a class_type (a string){hint}"
+            )
         if not isinstance(node.get("inputs"), dict):
-            raise ValueError(f"is not in API format: node {node_id!r} has to have inputs (an object)")
+            raise ValueError(
+                f"is not in API format: node {node_id!r} has to have inputs (an object)"
+            )
     return {node_id: fill_random(node) for node_id, node in graph.items()}
 
 
-REQUEST_ID_WORDS = "a string of 1 to 128 characters out of A-Z a-z 0-9 . _ - and not start with a dot"
-BUCKET_WORDS = "the name of a bucket, 3 to 255 of A-Z a-z 0-9 . _ -"  # an ARN would choose another endpoint
+REQUEST_ID_WORDS = (
+    "a string of 1 to 128 characters out of A-Z a-z 0-9 . _ - and not start with a dot"
+)
+BUCKET_WORDS = (
+    "the name of a bucket, 3 to 255 of A-Z a-z 0-9 . _ -"  # an ARN would choose another endpoint
+)
 GROUPS = {"s3": read_object, "webhook": read_object}
 OVERRIDES = {  # field of a request: the setting that it is over
     **{
@@ -399,7 +504,9 @@ OVERRIDES = {  # field of a request: the setting that it is over
     "comfy_org_api_key": "comfy_org_api_key",
 }
 FIELDS: dict[str, Reader] = {  # of a request's input
-    "request_id": matching(r"(?!\.)[A-Za-z0-9._-]{1,128}", REQUEST_ID_WORDS),  # it becomes a part of an S3 key
+    "request_id": matching(
+        r"(?!\.)[A-Za-z0-9._-]{1,128}", REQUEST_ID_WORDS
+    ),  # it becomes a part of an S3 key
     "modifier": read_text,
     "modifications": lambda value: fill_random(read_object(value)),
     "workflow_json": read_graph,
@@ -409,35 +516,56 @@ FIELDS: dict[str, Reader] = {  # of a request's input
     "output_quality": number(1, 100, int),
     "accept": read_text,
     "prefer": read_text,
-    **{name: Settings.__dataclass_fields__[setting].metadata["read"] for name, setting in OVERRIDES.items()},
+    **{
+        name: Settings.__dataclass_fields__[setting].metadata["read"]
+        for name, setting in OVERRIDES.items()
+    },
     "s3.bucket_name": matching(r"[A-Za-z0-9._-]{3,255}", BUCKET_WORDS),
 }
 
 
 def read_job(job: Job) -> None:
     """Fills the job with what its request asks for, request over environment; 400 where a rule is broken."""
-    request, job.request = job.request, {}  # which may be large, and is not needed while the job waits
+    request, job.request = (
+        job.request,
+        {},
+    )  # which may be large, and is not needed while the job waits
     given = {name: value for name, value in request["input"].items() if "." not in name}
     job.request_id = str(uuid.uuid4())
     try:
-        vars(job).update(read_fields(given, {"request_id": FIELDS["request_id"]}))  # a refusal has it already
+        vars(job).update(
+            read_fields(given, {"request_id": FIELDS["request_id"]})
+        )  # a refusal has it already
         for group, inner in read_fields(given, GROUPS).items():
             given |= {f"{group}.{name}": value for name, value in inner.items()}
         known = read_fields(given, FIELDS)
     except ValueError as error:
         raise invalid(str(error)) from None
-    unknown = [name for name in given if given[name] not in BLANK and name not in FIELDS and name not in GROUPS]
+    unknown = [
+        name
+        for name in given
+        if given[name] not in BLANK and name not in FIELDS and name not in GROUPS
+    ]
     unknown += [name for name in request["input"] if "." in name]
     beside = [f"{name}, beside input," for name in request if name in FIELDS or name in GROUPS]
-    job.warnings = [f"{name:.50} is no field of a request; it was ignored" for name in sorted(unknown) + beside]
+    job.warnings = [
+        f"{name:.50} is no field of a request; it was ignored" for name in sorted(unknown) + beside
+    ]
     if "modifications" in known and "workflow_json" in known and "modifier" not in known:
-        raise invalid("modifications go with a modifier; with workflow_json, put the values into the workflow itself")
+        raise invalid(
+            "modifications go with a modifier; with workflow_json, put the values into the workflow itself"
+        )
     if ("modifier" in known) == ("workflow_json" in known):
         given_are = "both" if "modifier" in known else "neither"
         misspelt = f"; unknown: {', '.join(unknown[:5]):.200}" if unknown else ""
-        raise invalid(f"give exactly one of modifier and workflow_json in input, not {given_are}{misspelt}")
+        raise invalid(
+            f"give exactly one of modifier and workflow_json in input, not {given_are}{misspelt}"
+        )
     _override(job, {OVERRIDES[name]: known.pop(name) for name in OVERRIDES if name in known})
-    job.workflow, job.extra_params = known.pop("workflow_json", {}), known.pop("webhook.extra_params", {})
+    job.workflow, job.extra_params = (
+        known.pop("workflow_json", {}),
+        known.pop("webhook.extra_params", {}),
+    )
     job.return_outputs_as_base64 = not job.settings.s3_bucket_name
     vars(job).update(known)
     job.accept = media_range(job.accept)
@@ -445,7 +573,9 @@ def read_job(job: Job) -> None:
         job.on_event = None
     if not job.settings.webhook_url and job.is_async:
         raise invalid("Prefer: respond-async needs a webhook: give webhook.url, or set WEBHOOK_URL")
-    if not job.settings.webhook_url and (job.extra_params or {"webhook_timeout", "webhook_secret"} & job.chosen):
+    if not job.settings.webhook_url and (
+        job.extra_params or {"webhook_timeout", "webhook_secret"} & job.chosen
+    ):
         job.warnings.append("no webhook is sent: neither webhook.url nor WEBHOOK_URL is set")
 
 
@@ -454,7 +584,9 @@ def _override(job: Job, own: dict[str, Any]) -> None:
     settings = job.settings
     job.chosen = {name for name, value in own.items() if value != getattr(settings, name)}
     if ("s3_access_key_id" in own) != ("s3_secret_access_key" in own):
-        raise invalid("s3.access_key_id and s3.secret_access_key come in pairs: give both or neither")
+        raise invalid(
+            "s3.access_key_id and s3.secret_access_key come in pairs: give both or neither"
+        )
     if "webhook_url" in job.chosen:
         own = {"webhook_secret": b"", **own}
     job.settings = replace(settings, **own)
@@ -463,7 +595,9 @@ def _override(job: Job, own: dict[str, Any]) -> None:
     if "s3_access_key_id" not in own and "s3_endpoint_url" in job.chosen:
         raise invalid("s3.endpoint_url needs its own s3.access_key_id and s3.secret_access_key")
     if "s3_bucket_name" in job.chosen and not job.settings.s3_access_key_id:
-        raise invalid("s3.bucket_name needs s3.access_key_id and s3.secret_access_key: this worker has no keys for it")
+        raise invalid(
+            "s3.bucket_name needs s3.access_key_id and s3.secret_access_key: this worker has no keys for it"
+        )
 
 
 def media_range(accept: str) -> str:
@@ -479,7 +613,10 @@ def media_range(accept: str) -> str:
 
 def seeds(graph: Graph) -> dict[str, int]:
     """Each node's literal seed, as it is run, by node id."""
-    found = {id: node["inputs"].get("seed", node["inputs"].get("noise_seed")) for id, node in graph.items()}
+    found = {
+        id: node["inputs"].get("seed", node["inputs"].get("noise_seed"))
+        for id, node in graph.items()
+    }
     return {id: seed for id, seed in found.items() if isinstance(seed, int)}
 
 
@@ -490,7 +627,9 @@ KEEP_SECONDS = 30  # ComfyUI closes a connection that has been idle for 75
 INPUT_SECONDS = 60  # without a byte of an input file
 MAX_REDIRECTS = 5
 AT_ONCE = 4  # files of one job on their way
-SOURCE = re.compile(r"(?i)https?://|data:")  # what an input that names a file begins with, if it is to be fetched
+SOURCE = re.compile(
+    r"(?i)https?://|data:"
+)  # what an input that names a file begins with, if it is to be fetched
 MAGIC = re.compile(  # what the formats that ComfyUI loads begin with, by their extension
     rb"(?P<png>\x89PNG)|(?P<jpg>\xff\xd8\xff)|(?P<gif>GIF8)|(?P<bmp>BM.{4}\0{4})|(?P<tiff>II\*\0|MM\0\*)"
     rb"|(?P<webp>RIFF.{4}WEBP)|(?P<wav>RIFF.{4}WAVE)|(?P<avi>RIFF.{4}AVI )|(?P<avif>.{4}ftypavi)|(?P<mov>.{4}ftypqt)"
@@ -499,7 +638,9 @@ MAGIC = re.compile(  # what the formats that ComfyUI loads begin with, by their 
     re.DOTALL,
 )
 V6_PUBLIC = ipaddress.ip_network("2000::/3")  # all that IANA has given out
-V4_IN_V6 = [ipaddress.ip_network(each) for each in ("::ffff:0:0/96", "64:ff9b::/96")]  # mapped, and NAT64's
+V4_IN_V6 = [
+    ipaddress.ip_network(each) for each in ("::ffff:0:0/96", "64:ff9b::/96")
+]  # mapped, and NAT64's
 SPECIAL = "192.0.0.0/24 192.88.99.0/24 224.0.0.0/4 2001::/23 2002::/16 3fff::/20"  # that is_global lets through
 SPECIAL_RANGES = [ipaddress.ip_network(each) for each in SPECIAL.split()]
 
@@ -566,7 +707,9 @@ def connect(url: str, seconds: float, is_public_only: bool = False) -> http.clie
     return connection
 
 
-Kept = list[tuple[float, http.client.HTTPConnection]]  # connections to one server, and when each was used
+Kept = list[
+    tuple[float, http.client.HTTPConnection]
+]  # connections to one server, and when each was used
 
 
 @contextlib.contextmanager
@@ -613,7 +756,9 @@ def _reuse(kept: Kept, seconds: float) -> http.client.HTTPConnection | None:
 def _open(source: str, is_public_only: bool) -> Iterator[Any]:
     if source[:5].lower() == "data:":
         head, _, data = source.partition(",")
-        if head.endswith(";base64") and not re.fullmatch(r"[A-Za-z0-9+/=%\s]*", data):  # the rest would be left out
+        if head.endswith(";base64") and not re.fullmatch(
+            r"[A-Za-z0-9+/=%\s]*", data
+        ):  # the rest would be left out
             raise ValueError("its base64 has other characters in it")
         yield urllib.request.DataHandler().data_open(urllib.request.Request(source))
         return
@@ -637,10 +782,14 @@ def fetch(job: Job, source: str) -> tuple[BinaryIO, str]:
     """
     limit = job.settings.max_input_bytes
     file, digest = tempfile.TemporaryFile(), hashlib.sha256()  # noqa: SIM115
-    shown = re.sub("//[^/]*@", "//", re.split("[?,]", source)[0])  # without passwords, signatures and data
+    shown = re.sub(
+        "//[^/]*@", "//", re.split("[?,]", source)[0]
+    )  # without passwords, signatures and data
     try:
         with _open(source, not job.settings.allow_private_addresses) as answer:
-            for chunk in iter(lambda: b"" if job.stopped or file.tell() > limit else answer.read(CHUNK_BYTES), b""):
+            for chunk in iter(
+                lambda: b"" if job.stopped or file.tell() > limit else answer.read(CHUNK_BYTES), b""
+            ):
                 digest.update(chunk)
                 file.write(chunk)
             mimetype = answer.headers.get_content_type()
@@ -651,7 +800,9 @@ def fetch(job: Job, source: str) -> tuple[BinaryIO, str]:
         if mimetype == "text/html" or not file.tell():
             raise ValueError("it is a web page, and no file" if file.tell() else "it is empty")
     except (*CONNECTION_LOST, ValueError) as error:
-        raise invalid(f"the input {shown:.200} cannot be had: {error}", "input_unavailable") from None
+        raise invalid(
+            f"the input {shown:.200} cannot be had: {error}", "input_unavailable"
+        ) from None
     file.seek(0)
     return file, digest.hexdigest() + _extension(file.read(16), mimetype, shown)
 
@@ -674,7 +825,9 @@ def at_once(action: Callable[[Any], Any], items: list[Any]) -> list[Any]:
 # ComfyUI ##############################################################################################################
 
 OLDEST_COMFYUI = (0, 3, 45)  # July 2025: the first one that lets the caller choose the prompt id
-HTTP_SECONDS = 60  # for an answer of ComfyUI, which lists huge model folders while it checks a graph
+HTTP_SECONDS = (
+    60  # for an answer of ComfyUI, which lists huge model folders while it checks a graph
+)
 PROBE_SECONDS = 0.8  # below the one second that Kubernetes grants a probe
 PROBE_EVERY_SECONDS = 1
 FLAP_SECONDS = 10  # a failure shorter than this is not worth taking a worker out of rotation
@@ -686,7 +839,11 @@ FAULT = re.compile(  # the errors after which, in the words of CUDA's documentat
     r"(CUDA|HIP) error: (an illegal|device-side assert|unspecified launch|misaligned|invalid program counter|hardware"
     r"|the launch timed|uncorrectable|operation not supported on global)|.* error: \w+_EXECUTION_FAILED"
 )
-FILE = {"filename": "", "subfolder": "", "type": "output"}  # what names a file to ComfyUI, and the defaults
+FILE = {
+    "filename": "",
+    "subfolder": "",
+    "type": "output",
+}  # what names a file to ComfyUI, and the defaults
 HINTS = {  # by the type of ComfyUI's refusal
     "prompt_no_outputs": "; add an output node that saves, such as SaveImage, and connect it",
     "invalid_prompt": "; check the spelling, or install the custom nodes that bring it",
@@ -704,7 +861,9 @@ def understanding() -> Iterator[None]:
 
 def odd_answer(words: str) -> JobError:
     """An answer of ComfyUI that no worker can use."""
-    return JobError(502, "comfyui_error", f"ComfyUI answered {words}; is it ComfyUI, and what does its log say?")
+    return JobError(
+        502, "comfyui_error", f"ComfyUI answered {words}; is it ComfyUI, and what does its log say?"
+    )
 
 
 class ComfyUI:
@@ -713,8 +872,15 @@ class ComfyUI:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.url = settings.comfyui_api_base.rstrip("/")
-        self._about: dict[str, Any] = {"url": self.url, "version": None, "device": None, "vram_free": None}
-        self._classes: dict[str, dict[str, Any]] = {}  # their inputs, asked for once in ComfyUI's life
+        self._about: dict[str, Any] = {
+            "url": self.url,
+            "version": None,
+            "device": None,
+            "vram_free": None,
+        }
+        self._classes: dict[
+            str, dict[str, Any]
+        ] = {}  # their inputs, asked for once in ComfyUI's life
         self._kept: Kept = []
         self._socket: websocket.WebSocket | None = None
         self._client_id = ""  # of the websocket's connection; empty while there is none
@@ -733,12 +899,20 @@ class ComfyUI:
         if not self._was_up or self._fault:
             return "faulted" if self._fault else "starting"
         # a job that runs on a live websocket is proof enough
-        return "unreachable" if self._away() > FLAP_SECONDS and not (self._job and self._client_id) else "ready"
+        return (
+            "unreachable"
+            if self._away() > FLAP_SECONDS and not (self._job and self._client_id)
+            else "ready"
+        )
 
     @property
     def is_beyond_hope(self) -> bool:
         """Whether only a restart will help: its GPU is broken, or it has been away longer than any job waits for it."""
-        is_gone = self._was_up and not self._client_id and self._away() > self.settings.comfyui_return_timeout
+        is_gone = (
+            self._was_up
+            and not self._client_id
+            and self._away() > self.settings.comfyui_return_timeout
+        )
         return bool(self._fault) or is_gone
 
     def _away(self) -> float:
@@ -764,27 +938,42 @@ class ComfyUI:
     def _ask_about(self, seconds: float) -> None:
         stats = self._get("/system_stats", seconds)
         version, device = stats["system"].get("comfyui_version"), stats["devices"][0]
-        about = {"version": version, "device": device.get("name"), "vram_free": device.get("vram_free")}
+        about = {
+            "version": version,
+            "device": device.get("name"),
+            "vram_free": device.get("vram_free"),
+        }
         self._about = {"url": self.url, **about}
 
     def clear_cache(self) -> None:
         """Has ComfyUI forget what it has made, and unload its models."""
-        with contextlib.suppress(*CONNECTION_LOST):  # of one that has died there is nothing to clear
+        with contextlib.suppress(
+            *CONNECTION_LOST
+        ):  # of one that has died there is nothing to clear
             self._exchange("/free", {"free_memory": True})
 
     # the websocket
 
     def listen(self) -> None:
         """Keeps the websocket connected and drained, for ever."""
-        pause, trouble, limit, is_given_up = threading.Event(), "", self.settings.comfyui_return_timeout, False
+        pause, trouble, limit, is_given_up = (
+            threading.Event(),
+            "",
+            self.settings.comfyui_return_timeout,
+            False,
+        )
         while True:
             try:
                 self._follow()
-            except Exception as error:  # whatever a server sends, somebody has to listen to the next one
+            except (
+                Exception
+            ) as error:  # whatever a server sends, somebody has to listen to the next one
                 verb = "lost the connection to" if self._client_id else "cannot reach"
                 if self._client_id or str(error) != trouble:
                     log.warning("%s ComfyUI: %s", verb, error)
-                self._failing_since = 0 if self._client_id else self._failing_since  # by a probe that was slow
+                self._failing_since = (
+                    0 if self._client_id else self._failing_since
+                )  # by a probe that was slow
                 self._client_id, trouble = "", str(error)
                 self._kept.clear()
                 self._note_failure()
@@ -797,17 +986,27 @@ class ComfyUI:
     def _follow(self) -> None:
         with contextlib.closing(self._connect()) as connection:
             for frame in iter(connection.recv, ""):
-                self._hear(json.loads(frame) if isinstance(frame, str) else {})  # bytes are a preview
+                self._hear(
+                    json.loads(frame) if isinstance(frame, str) else {}
+                )  # bytes are a preview
         raise ConnectionError("ComfyUI closed the websocket")
 
     def _hear(self, message: Any) -> None:
         """Passes on what the job has to know: waking its thread for every message took 4 % of a short job's time."""
-        with contextlib.suppress(AttributeError, KeyError, TypeError):  # custom nodes send what they like
+        with contextlib.suppress(
+            AttributeError, KeyError, TypeError
+        ):  # custom nodes send what they like
             job, kind, about = self._job, str(message["type"]), message["data"]
             if job and about["prompt_id"] == job.prompt_id:
-                matters = kind in ("execution_start", "execution_error") or about.get("node", "") is None
+                matters = (
+                    kind in ("execution_start", "execution_error") or about.get("node", "") is None
+                )
                 # the rest shows now and then that the connection lives
-                if matters or job.on_event or time.monotonic() - self._told_at > SILENCE_SECONDS / 2:
+                if (
+                    matters
+                    or job.on_event
+                    or time.monotonic() - self._told_at > SILENCE_SECONDS / 2
+                ):
                     self._tell(job, kind, about)
 
     def _connect(self) -> websocket.WebSocket:
@@ -817,7 +1016,9 @@ class ComfyUI:
         # websocket-client takes a proxy from the environment unless it is handed a connected socket
         raw = connect(self.url, HTTP_SECONDS).sock
         address = f"ws{self.url[4:]}/ws?clientId={client_id}"
-        made = websocket.create_connection(address, socket=raw, skip_utf8_validation=True, suppress_origin=True)
+        made = websocket.create_connection(
+            address, socket=raw, skip_utf8_validation=True, suppress_origin=True
+        )
         made.recv()  # ComfyUI knows the client id once it has sent its first status
         made.settimeout(None)
         if self._fault and not self._get(f"/history/{self._fault}"):  # it has restarted
@@ -825,9 +1026,16 @@ class ComfyUI:
         self._socket, self._client_id, self._was_up, self._failing_since = made, client_id, True, 0
         self._classes.clear()
         self._tell(self._job, "connected")
-        log.info("WORKER_READY: connected to ComfyUI %s on %s at %s", version, self._about["device"], self.url)
+        log.info(
+            "WORKER_READY: connected to ComfyUI %s on %s at %s",
+            version,
+            self._about["device"],
+            self.url,
+        )
         if [int(part) for part in re.findall(r"\d+", version)[:3]] < [*OLDEST_COMFYUI]:
-            log.error("this ComfyUI is too old: update it to 0.3.45 or later, which lets a caller choose the prompt id")
+            log.error(
+                "this ComfyUI is too old: update it to 0.3.45 or later, which lets a caller choose the prompt id"
+            )
         return made
 
     def _tell(self, job: Job | None, type: str, about: Any = None) -> None:
@@ -856,12 +1064,20 @@ class ComfyUI:
             self._job = None
             if is_owed:
                 self._stop_prompt(job)
-        raise JobError(502, "comfyui_lost", "ComfyUI died twice under this job: it may be the job that kills it")
+        raise JobError(
+            502,
+            "comfyui_lost",
+            "ComfyUI died twice under this job: it may be the job that kills it",
+        )
 
     def _submit(self, job: Job) -> str:
         """Posts the prompt; returns the id of the client that will be told of it, none where the answer was lost."""
         client_id = self.patiently(job, self._working_client)
-        key = {"api_key_comfy_org": job.settings.comfy_org_api_key} if job.settings.comfy_org_api_key else {}
+        key = (
+            {"api_key_comfy_org": job.settings.comfy_org_api_key}
+            if job.settings.comfy_org_api_key
+            else {}
+        )
         about = {"prompt_id": job.prompt_id, "client_id": client_id, "extra_data": key}
         try:
             status, answer = self._exchange("/prompt", {"prompt": job.workflow, **about})
@@ -871,7 +1087,9 @@ class ComfyUI:
             job.is_submitted.set()
         with understanding():
             if status == 400:
-                raise self._rejection(answer["error"], answer.get("node_errors") or {}, job.workflow)
+                raise self._rejection(
+                    answer["error"], answer.get("node_errors") or {}, job.workflow
+                )
             if status != 200 or answer["prompt_id"] != job.prompt_id:
                 raise odd_answer(f"POST /prompt with {status}")
             if answer.get("node_errors"):
@@ -882,7 +1100,9 @@ class ComfyUI:
 
     def _working_client(self) -> str:
         if not self._client_id or self._fault:
-            raise ConnectionError("its GPU is broken" if self._fault else "its websocket cannot be reached")
+            raise ConnectionError(
+                "its GPU is broken" if self._fault else "its websocket cannot be reached"
+            )
         return self._client_id
 
     def _wait(self, job: Job, client_id: str) -> bool:
@@ -909,13 +1129,18 @@ class ComfyUI:
                     return bool(found == "ended")
             if time.monotonic() > deadline:
                 limit = self.settings.job_timeout
-                raise JobError(504, "timeout", f"the job took more than the {limit:g} s of JOB_TIMEOUT")
+                raise JobError(
+                    504, "timeout", f"the job took more than the {limit:g} s of JOB_TIMEOUT"
+                )
 
     @understanding()
     def _look_up(self, job: Job) -> str:
         """'ended', with its history in `job.entry`, 'queued' while the prompt is in ComfyUI's queue, else 'lost'."""
         for _ in range(2):  # it may end between the two questions
-            job.entry = self._get(f"/history/{job.prompt_id}", LOOK_UP_TIMEOUT_SECONDS).get(job.prompt_id) or {}
+            job.entry = (
+                self._get(f"/history/{job.prompt_id}", LOOK_UP_TIMEOUT_SECONDS).get(job.prompt_id)
+                or {}
+            )
             if job.entry:
                 error = failure(job.entry)
                 self._note_fault(job, error.details.get("exception_message", "") if error else "")
@@ -929,7 +1154,9 @@ class ComfyUI:
         """Looks up, without the GPU, what has become of a job that has run; output_missing if ComfyUI forgot it."""
         if not job.entry and self.patiently(job, lambda: self._look_up(job)) != "ended":
             raise JobError(502, "output_missing", "ComfyUI died with the job's history")
-        if key := job.settings.comfy_org_api_key:  # partner nodes are given it, and may show it under any name
+        if (
+            key := job.settings.comfy_org_api_key
+        ):  # partner nodes are given it, and may show it under any name
             told = change_text(job.entry, lambda text: text.replace(key, "***"))
             job.entry = {**told, "outputs": job.entry.get("outputs")}  # whose names have to stay
 
@@ -940,13 +1167,19 @@ class ComfyUI:
                 self._note_fault(job, about["exception_message"])
             if kind == "execution_cached" and job.on_event:
                 items = self._get("/queue")["queue_running"]
-                progress.begin([id for item in items if item[1] == job.prompt_id for id in item[4]], about["nodes"])
+                progress.begin(
+                    [id for item in items if item[1] == job.prompt_id for id in item[4]],
+                    about["nodes"],
+                )
             if kind == "progress_state" and job.on_event:
                 progress.update(about["nodes"])
 
     def _note_fault(self, job: Job, message: str) -> None:
         if FAULT.match(message) and self._fault != job.prompt_id:
-            log.error("WORKER_ERROR: job %s has broken the GPU; nothing runs until ComfyUI restarts", job.request_id)
+            log.error(
+                "WORKER_ERROR: job %s has broken the GPU; nothing runs until ComfyUI restarts",
+                job.request_id,
+            )
             self._fault = job.prompt_id
             self._note_failure()
 
@@ -957,7 +1190,9 @@ class ComfyUI:
                 self._exchange("/queue", {"delete": [job.prompt_id]}, LOOK_UP_TIMEOUT_SECONDS)
                 # looked up first: versions before the targeted form interrupt whoever runs
                 if self._look_up(job) == "queued":
-                    self._exchange("/interrupt", {"prompt_id": job.prompt_id}, LOOK_UP_TIMEOUT_SECONDS)
+                    self._exchange(
+                        "/interrupt", {"prompt_id": job.prompt_id}, LOOK_UP_TIMEOUT_SECONDS
+                    )
                 return
             threading.Event().wait(RECONNECT_SECONDS)
 
@@ -970,9 +1205,13 @@ class ComfyUI:
             except CONNECTION_LOST as lost:
                 ends = ends or self._note_failure() + limit  # since then all jobs wait
                 if (left := ends - time.monotonic()) <= 0:
-                    message = f"ComfyUI went away and was not back in order within {limit:g} s: {lost}"
+                    message = (
+                        f"ComfyUI went away and was not back in order within {limit:g} s: {lost}"
+                    )
                     raise JobError(502, "comfyui_lost", message) from None
-            job.next_message(min(left, LOOK_UP_SECONDS))  # "connected", perhaps, or an order to stop
+            job.next_message(
+                min(left, LOOK_UP_SECONDS)
+            )  # "connected", perhaps, or an order to stop
 
     # files
 
@@ -986,26 +1225,40 @@ class ComfyUI:
         query = urllib.parse.urlencode({name: output[name] for name in FILE} | converted)
         with request(f"{self.url}/view?{query}", HTTP_SECONDS, kept=self._kept) as response:
             if response.status == 404:
-                raise JobError(502, "output_missing", f"{output['filename']} is no longer on ComfyUI's disk")
+                raise JobError(
+                    502, "output_missing", f"{output['filename']} is no longer on ComfyUI's disk"
+                )
             if response.status != 200 or response.length is None:
                 raise odd_answer(f"{response.status} to {output['filename']}")
-            output["mimetype"], output["size"] = response.headers.get_content_type(), response.length
+            output["mimetype"], output["size"] = (
+                response.headers.get_content_type(),
+                response.length,
+            )
             yield response
 
     def upload(self, file: BinaryIO, name: str) -> str:
         """Puts the file into ComfyUI's input folder, and returns its name there; 400 if it is too large."""
         size = file.seek(0, os.SEEK_END)
         features = self._exchange("/features")[1]  # older ones have none, and answer 413 at the end
-        limit = features.get("max_upload_size", float("inf")) if isinstance(features, dict) else float("inf")
+        limit = (
+            features.get("max_upload_size", float("inf"))
+            if isinstance(features, dict)
+            else float("inf")
+        )
         file.seek(0)
         part = f'Content-Disposition: form-data; name="image"; filename="{name}"\r\nContent-Type: {BYTES}'
         head, tail = f"--{name}\r\n{part}\r\n\r\n".encode(), f"\r\n--{name}--\r\n".encode()
         total = len(head) + size + len(tail)
-        headers = {"Content-Type": f"multipart/form-data; boundary={name}", "Content-Length": str(total)}
+        headers = {
+            "Content-Type": f"multipart/form-data; boundary={name}",
+            "Content-Length": str(total),
+        }
         pieces = itertools.chain([head], iter(lambda: file.read(CHUNK_BYTES), b""), [tail])
         if total <= limit:
             with (
-                request(f"{self.url}/upload/image", HTTP_SECONDS, pieces, headers, self._kept) as answer,
+                request(
+                    f"{self.url}/upload/image", HTTP_SECONDS, pieces, headers, self._kept
+                ) as answer,
                 understanding(),
             ):
                 if answer.status != 413:
@@ -1020,12 +1273,18 @@ class ComfyUI:
             self._classes[class_type] = self._inputs(class_type)
         kind, *more = self._classes[class_type].get(name) or [None]
         options = more[0] if more and isinstance(more[0], dict) else {}
-        is_choice = isinstance(kind, list) or kind == "COMBO" or any(each.endswith("_upload") for each in options)
+        is_choice = (
+            isinstance(kind, list)
+            or kind == "COMBO"
+            or any(each.endswith("_upload") for each in options)
+        )
         return is_choice and options.get("image_folder") != "output"
 
     # HTTP
 
-    def _exchange(self, path: str, body: Any = None, seconds: float = HTTP_SECONDS) -> tuple[int, Any]:
+    def _exchange(
+        self, path: str, body: Any = None, seconds: float = HTTP_SECONDS
+    ) -> tuple[int, Any]:
         """The status and the JSON body, None where it is none."""
         data = None if body is None else json.dumps(body).encode()
         with (
@@ -1033,7 +1292,9 @@ class ComfyUI:
             contextlib.suppress(ValueError, RecursionError),
         ):
             self._failing_since = 0 if self._client_id and not self._fault else self._failing_since
-            return response.status, json.load(response, parse_constant=lambda _: None)  # JSON has no NaN
+            return response.status, json.load(
+                response, parse_constant=lambda _: None
+            )  # JSON has no NaN
         return response.status, None
 
     def _get(self, path: str, seconds: float = HTTP_SECONDS) -> Any:
@@ -1044,28 +1305,50 @@ class ComfyUI:
 
     # what ComfyUI says against a workflow, in words
 
-    def _rejection(self, error: dict[str, Any], node_errors: dict[str, Any], graph: Graph) -> JobError:
-        general = scrub(f"{error['message']} {error.get('details', '')}".strip()) + HINTS.get(error["type"], "")
+    def _rejection(
+        self, error: dict[str, Any], node_errors: dict[str, Any], graph: Graph
+    ) -> JobError:
+        general = scrub(f"{error['message']} {error.get('details', '')}".strip()) + HINTS.get(
+            error["type"], ""
+        )
         message = f"ComfyUI refuses the workflow: {self._complaints(node_errors, graph) or general}"
         return JobError(422, "workflow_rejected", message, node_errors=scrub(node_errors))
 
     def _complaints(self, node_errors: dict[str, Any], graph: Graph) -> str:
-        errors = [(id, node["class_type"], error) for id, node in node_errors.items() for error in node["errors"]]
-        listed = [f"{kind} (node {id}): {self._complaint(kind, error, graph)}" for id, kind, error in errors[:5]]
-        return str(scrub("; ".join(listed))) + (f"; and {len(errors) - 5} more" if len(errors) > 5 else "")
+        errors = [
+            (id, node["class_type"], error)
+            for id, node in node_errors.items()
+            for error in node["errors"]
+        ]
+        listed = [
+            f"{kind} (node {id}): {self._complaint(kind, error, graph)}"
+            for id, kind, error in errors[:5]
+        ]
+        return str(scrub("; ".join(listed))) + (
+            f"; and {len(errors) - 5} more" if len(errors) > 5 else ""
+        )
 
     def _complaint(self, class_type: str, error: dict[str, Any], graph: Graph) -> str:
         details = str(error.get("details", ""))
         if error["type"] == "value_not_in_list":
-            name, value = error["extra_info"]["input_name"], error["extra_info"].get("received_value")
+            name, value = (
+                error["extra_info"]["input_name"],
+                error["extra_info"].get("received_value"),
+            )
             with contextlib.suppress(JobError):  # ComfyUI's own words leave longer lists out
                 choices = self.choices(class_type, name)
-                listed = ", ".join(choices[:50]) + (f" and {len(choices) - 50} more" if len(choices) > 50 else "")
+                listed = ", ".join(choices[:50]) + (
+                    f" and {len(choices) - 50} more" if len(choices) > 50 else ""
+                )
                 is_file = isinstance(value, str) and re.search(r"\.\w{2,12}$", value)
                 return f"{name} {value!r} is not {'installed' if is_file else 'a choice'}; there is: {listed or 'none'}"
         if re.search(r"Invalid \w+ file", details):
             return f"{details:.200} (it has to lie in ComfyUI's input folder; or give its URL, http(s):// or data:)"
-        if error["type"].startswith("exception_during") and details.strip("'") not in graph and details[:1] == "'":
+        if (
+            error["type"].startswith("exception_during")
+            and details.strip("'") not in graph
+            and details[:1] == "'"
+        ):
             return f"it is linked to node {details}, which is not in the workflow"
         return f"{error['message']}: {details:.500}".rstrip(": ")
 
@@ -1083,7 +1366,11 @@ class ComfyUI:
         except CONNECTION_LOST:
             raise not_ready("unreachable") from None
         if class_type not in about:
-            raise JobError(422, "workflow_rejected", f"ComfyUI has no node {class_type}{HINTS['invalid_prompt']}")
+            raise JobError(
+                422,
+                "workflow_rejected",
+                f"ComfyUI has no node {class_type}{HINTS['invalid_prompt']}",
+            )
         inputs = about[class_type]["input"]
         return {**inputs.get("required", {}), **inputs.get("optional", {})}
 
@@ -1103,28 +1390,46 @@ class Progress:
             if node_id not in self._needed:
                 self._needed[node_id] = node_id in cached
                 links = () if node_id in cached else graph[node_id]["inputs"].values()
-                ahead += [link[0] for link in links if isinstance(link, list) and len(link) == 2 and link[0] in graph]
+                ahead += [
+                    link[0]
+                    for link in links
+                    if isinstance(link, list) and len(link) == 2 and link[0] in graph
+                ]
         self.update({})
 
     def update(self, nodes: dict[str, Any]) -> None:
         """Takes the states of the nodes that have begun: {id: {"value": …, "max": …, "state": …}}"""
         parts = {id: about["value"] / (about["max"] or 1) for id, about in nodes.items()}
-        done = sum(1 if is_cached else min(1, parts.get(id, 0)) for id, is_cached in self._needed.items())
+        done = sum(
+            1 if is_cached else min(1, parts.get(id, 0)) for id, is_cached in self._needed.items()
+        )
         # it never goes back, not even when the job is run again
         self._job.percent = max(self._job.percent, round(100 * done / (len(self._needed) or 1), 1))
         by_state = sorted(nodes.items(), key=lambda each: each[1]["state"] == "running")
         node_id, about = by_state[-1] if by_state else ("", {})
-        node_id = about.get("display_node_id", node_id)  # the submitted one, where a node expands into others
+        node_id = about.get(
+            "display_node_id", node_id
+        )  # the submitted one, where a node expands into others
         node_type = self._job.workflow.get(str(node_id), {}).get("class_type")
         steps = {name: about.get(name) for name in ("value", "max")}
-        self._job.tell("progress", node_id=node_id or None, node_type=node_type, **steps, percent=self._job.percent)
+        self._job.tell(
+            "progress",
+            node_id=node_id or None,
+            node_type=node_type,
+            **steps,
+            percent=self._job.percent,
+        )
 
 
 def is_still(output: Output, entry: dict[str, Any]) -> bool:
     """Whether the file is an image that ComfyUI converts as a whole: of an animation it takes the first frame."""
     animated = entry["outputs"][output["node_id"]].get("animated")
     is_animated = animated is True or (isinstance(animated, list) and True in animated)
-    is_image = output["filename"].lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"))
+    is_image = (
+        output["filename"]
+        .lower()
+        .endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"))
+    )
     return output["output_type"] == "images" and is_image and not is_animated
 
 
@@ -1141,14 +1446,18 @@ def failure(entry: dict[str, Any]) -> JobError | None:
     about = scrub({name: str(messages["execution_error"].get(name, "")).strip() for name in names})
     message = f"{about['node_type']} (node {about['node_id']}) failed: {about['exception_message']}"
     if "OutOfMemory" in about["exception_type"] or "out of memory" in message.lower():
-        return JobError(500, "out_of_memory", f"{message}; use a smaller picture, batch or model", **about)
+        return JobError(
+            500, "out_of_memory", f"{message}; use a smaller picture, batch or model", **about
+        )
     return JobError(500, "execution_failed", message, **about)
 
 
 @understanding()
 def may_be_stale(entry: dict[str, Any]) -> bool:
     """Whether outputs may be of an earlier run, and deleted since; of a lost history nobody knows."""
-    return not entry or any(about.get("nodes") for kind, about in entry["status"]["messages"] if "cached" in kind)
+    return not entry or any(
+        about.get("nodes") for kind, about in entry["status"]["messages"] if "cached" in kind
+    )
 
 
 @understanding()
@@ -1156,7 +1465,12 @@ def read_outputs(entry: dict[str, Any], graph: Graph) -> list[Output]:
     """Every file and text of a history entry: nodes in the graph's order, then those that ComfyUI made up itself."""
     outputs: dict[str, Any] = entry.get("outputs") or {}
     order = [id for id in graph if id in outputs] + sorted(outputs.keys() - graph.keys())
-    return [read for id in order for kind, items in outputs[id].items() for read in _read_items(id, kind, items)]
+    return [
+        read
+        for id in order
+        for kind, items in outputs[id].items()
+        for read in _read_items(id, kind, items)
+    ]
 
 
 def _read_items(node_id: str, kind: str, items: Any) -> list[Output]:
@@ -1164,8 +1478,12 @@ def _read_items(node_id: str, kind: str, items: Any) -> list[Output]:
     if kind == "text":
         return [{**where, "value": items}]
     listed = items if isinstance(items, list) else []
-    files = [item for item in listed if isinstance(item, dict) and item.get("filename")]  # the rest are flags
-    return [{**{name: str(item.get(name) or FILE[name]) for name in FILE}, **where} for item in files]
+    files = [
+        item for item in listed if isinstance(item, dict) and item.get("filename")
+    ]  # the rest are flags
+    return [
+        {**{name: str(item.get(name) or FILE[name]) for name in FILE}, **where} for item in files
+    ]
 
 
 _ROOT = r"(?:file:/*|[A-Za-z]:(?=[\\/])|\\\\|/(?!/))"  # of an absolute path: POSIX, Windows, its network, or as a URL
@@ -1203,12 +1521,16 @@ def deliver(job: Job, outputs: list[Output], comfyui: ComfyUI) -> JobError | Non
 
 
 def _deliver_files(job: Job, comfyui: ComfyUI) -> JobError | None:
-    return next(filter(None, at_once(functools.partial(_deliver_file, job, comfyui), job.files)), None)
+    return next(
+        filter(None, at_once(functools.partial(_deliver_file, job, comfyui), job.files)), None
+    )
 
 
 def _deliver_file(job: Job, comfyui: ComfyUI, output: Output) -> JobError | None:
     folder = job.settings.comfyui_install_path
-    path = os.path.abspath(os.path.join(folder, output["type"], output["subfolder"], output["filename"]))
+    path = os.path.abspath(
+        os.path.join(folder, output["type"], output["subfolder"], output["filename"])
+    )
     if folder and os.path.isfile(path):
         output["local_path"] = path
     try:
@@ -1236,7 +1558,9 @@ def _embed(job: Job, comfyui: ComfyUI, output: Output, preview: str) -> None:
     is_wanted = (job.return_outputs_as_base64 and is_shown) or "upload_error" in output
     with comfyui.open(output, preview) as file:
         if is_wanted and output["size"] > limit:
-            output["error"] = f"{output['size']} bytes are more than the {limit} of OUTPUT_BASE64_MAX_BYTES; use S3"
+            output["error"] = (
+                f"{output['size']} bytes are more than the {limit} of OUTPUT_BASE64_MAX_BYTES; use S3"
+            )
         elif is_wanted:
             output["data"] = base64.b64encode(file.read())
 
@@ -1281,7 +1605,9 @@ def _upload(job: Job, comfyui: ComfyUI, output: Output, preview: str) -> None:
     client = s3_client(job.settings, "s3_endpoint_url" in job.chosen)
     try:
         with comfyui.open(output, preview) as file:
-            client.upload_fileobj(file, *where.values(), {"ContentType": output["mimetype"]}, Config=config)
+            client.upload_fileobj(
+                file, *where.values(), {"ContentType": output["mimetype"]}, Config=config
+            )
     # the rest: what boto3 trips over in answers that are no S3's, and in redirects without end
     except (BotoCoreError, ClientError, LookupError, RuntimeError, TypeError, ValueError) as error:
         output["upload_error"] = _without_keys(str(error), job.settings)
@@ -1293,13 +1619,26 @@ def _upload(job: Job, comfyui: ComfyUI, output: Output, preview: str) -> None:
 
 def s3_client(settings: Settings, is_direct: bool = False) -> Any:
     """A boto3 client for the settings' S3, past any proxy if it is to be `is_direct`; 400 where none can be made."""
-    names = ("access_key_id", "secret_access_key", "endpoint_url", "region", "connect_timeout", "connect_attempts")
+    names = (
+        "access_key_id",
+        "secret_access_key",
+        "endpoint_url",
+        "region",
+        "connect_timeout",
+        "connect_attempts",
+    )
     return _s3_client(is_direct, *(getattr(settings, f"s3_{name}") or None for name in names))
 
 
 @functools.lru_cache(maxsize=32)  # making a client takes 100 ms; threads can share it
 def _s3_client(
-    is_direct: bool, key: Any, secret: Any, endpoint: Any, region: Any, timeout: float, attempts: int
+    is_direct: bool,
+    key: Any,
+    secret: Any,
+    endpoint: Any,
+    region: Any,
+    timeout: float,
+    attempts: int,
 ) -> Any:
     try:
         import boto3
@@ -1326,7 +1665,9 @@ def _s3_client(
             return client
     except (BotoCoreError, ValueError) as error:
         raise invalid(f"the S3 settings cannot be used: {error}") from None
-    raise invalid("there are no keys for S3: give s3.access_key_id and s3.secret_access_key, or set them as variables")
+    raise invalid(
+        "there are no keys for S3: give s3.access_key_id and s3.secret_access_key, or set them as variables"
+    )
 
 
 def _without_keys(text: str, settings: Settings) -> str:
@@ -1372,12 +1713,21 @@ def post_webhook(job: Job, body: bytes) -> str:
     is_public_only = job.distrusts("webhook_url")
     try:
         # a redirect is no delivery: a signed message goes where it was meant to go, or nowhere
-        with request(settings.webhook_url, settings.webhook_timeout, body, headers, None, is_public_only) as response:
+        with request(
+            settings.webhook_url, settings.webhook_timeout, body, headers, None, is_public_only
+        ) as response:
             status = response.status
-    except (*CONNECTION_LOST, UnicodeError) as error:  # UnicodeError: of a name that cannot be looked up
+    except (
+        *CONNECTION_LOST,
+        UnicodeError,
+    ) as error:  # UnicodeError: of a name that cannot be looked up
         return f"failed: {error}"
     is_passing = status in (408, 429) or status >= 500
-    return "" if 200 <= status < 300 else f"{'failed' if is_passing else 'refused'} with status {status}"
+    return (
+        ""
+        if 200 <= status < 300
+        else f"{'failed' if is_passing else 'refused'} with status {status}"
+    )
 
 
 def deliver_webhook(job: Job, body: BinaryIO) -> bool:
@@ -1388,7 +1738,12 @@ def deliver_webhook(job: Job, body: BinaryIO) -> bool:
         trouble = post_webhook(job, body.read())
         if not trouble.startswith("failed") or not seconds:
             break
-        log.warning("the webhook of job %s: %s; it is tried again in about %g s", job.request_id, trouble, seconds)
+        log.warning(
+            "the webhook of job %s: %s; it is tried again in about %g s",
+            job.request_id,
+            trouble,
+            seconds,
+        )
         pause.wait(seconds * random.uniform(0.8, 1.2))
     if trouble:
         log.error("the webhook of job %s was not delivered: %s", job.request_id, trouble)
@@ -1400,18 +1755,29 @@ def deliver_webhook(job: Job, body: BinaryIO) -> bool:
 TURN: Message = {"type": "turn"}
 MOVED: Message = {"type": "moved"}
 CUT_SHORT = "the worker had to stop before the job ended"
-HEAD_START_SECONDS = 0.02  # that the next prompt has at most before the one that has ended is looked up
+HEAD_START_SECONDS = (
+    0.02  # that the next prompt has at most before the one that has ended is looked up
+)
 CANCEL_SECONDS = 10  # that cancelled jobs get to be answered before the worker exits
 METRICS = {  # of GET /metrics, each after "pyworker_": type, help
-    "jobs_total": ("counter", "Jobs that have ended or were refused, by outcome: completed, or the type of the error."),
+    "jobs_total": (
+        "counter",
+        "Jobs that have ended or were refused, by outcome: completed, or the type of the error.",
+    ),
     "cost_total": ("counter", "Cost of the jobs that found a place in the queue: 100 each."),
     "jobs_waiting": ("gauge", "Jobs that wait for the GPU."),
     "jobs_running": ("gauge", "Jobs on the GPU: 0 or 1."),
     "queue_seconds": ("summary", "Time that jobs waited for the GPU."),
     "generation_seconds": ("summary", "Time that jobs had the GPU."),
     "delivery_seconds": ("summary", "Time that the delivery of outputs took."),
-    "delivered_bytes_total": ("counter", "Size of the files that were delivered, to S3 or in the answer."),
-    "webhooks_total": ("counter", "Webhooks whose delivery has ended, by outcome: delivered or failed."),
+    "delivered_bytes_total": (
+        "counter",
+        "Size of the files that were delivered, to S3 or in the answer.",
+    ),
+    "webhooks_total": (
+        "counter",
+        "Webhooks whose delivery has ended, by outcome: delivered or failed.",
+    ),
     "comfyui_up": ("gauge", "Whether ComfyUI is in order: 0 or 1."),
 }
 
@@ -1432,14 +1798,20 @@ class Line:
             if self._is_closed:
                 raise not_ready("stopping")
             if len(self.jobs) > self._max_waiting and not job.was_accepted:
-                raise JobError(503, "queue_full", f"{self._max_waiting} jobs are waiting already; try again later")
+                raise JobError(
+                    503,
+                    "queue_full",
+                    f"{self._max_waiting} jobs are waiting already; try again later",
+                )
             self.jobs.append(job)
             job.was_accepted = True
             self._call_first()
         try:
             with job.timed("queue_ms"):
                 job.tell("queued", position=max(1, self.jobs.index(job)))
-                while job.next_message() != TURN:  # the line has moved, or it is old news of a job that is run again
+                while (
+                    job.next_message() != TURN
+                ):  # the line has moved, or it is old news of a job that is run again
                     job.tell("queued", position=max(1, self.jobs.index(job)))
             job.tell("started")
             yield
@@ -1448,7 +1820,9 @@ class Line:
                 self.jobs.remove(job)
                 job.is_submitted.set()  # or never will be
                 self._call_first()
-                for each in filter(lambda job: job.on_event, self.jobs[1:]):  # the others need not wake up for it
+                for each in filter(
+                    lambda job: job.on_event, self.jobs[1:]
+                ):  # the others need not wake up for it
                     each.inbox.put(MOVED)
         # asked for our history first, ComfyUI would have the GPU wait 0.4 ms longer, which costs short jobs 5 %
         with job.timed("postprocess_ms"):
@@ -1465,7 +1839,9 @@ class Line:
         with self._lock:
             self._is_closed = True
             for job in self.jobs[1:]:
-                job.stop(JobError(499, "cancelled", CUT_SHORT) if job.is_async else not_ready("stopping"))
+                job.stop(
+                    JobError(499, "cancelled", CUT_SHORT) if job.is_async else not_ready("stopping")
+                )
 
 
 class Clients:
@@ -1476,7 +1852,9 @@ class Clients:
         # only Linux tells of a hang-up while bytes are unread; elsewhere a job runs to its end
         self._poll = select.epoll() if hasattr(select, "epoll") else None
         if self._poll:
-            threading.Thread(target=self._listen, args=[self._poll], name="hang-ups", daemon=True).start()
+            threading.Thread(
+                target=self._listen, args=[self._poll], name="hang-ups", daemon=True
+            ).start()
 
     @contextlib.contextmanager
     def watch(self, job: Job) -> Iterator[None]:
@@ -1534,7 +1912,9 @@ class Worker:
             step()
         except JobError as error:
             return error
-        except Exception:  # a bug of ours must not cost the client its answer, nor the webhook its message
+        except (
+            Exception
+        ):  # a bug of ours must not cost the client its answer, nor the webhook its message
             log.exception("job %s met a bug of the worker", job.request_id)
             return JobError(500, "internal_error", "the worker failed; its log says why")
         return None
@@ -1542,26 +1922,42 @@ class Worker:
     def _in_background(self, job: Job) -> tuple[int, dict[str, Any]]:
         """Answers with 202 as soon as the job has a place in the queue, else with what kept it from one."""
         first: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
-        queued = {**envelope(job, None), "status": "queued", "message": "queued; the webhook will tell the result"}
+        queued = {
+            **envelope(job, None),
+            "status": "queued",
+            "message": "queued; the webhook will tell the result",
+        }
 
         def accept(*_: Any) -> None:
             job.on_event = None  # woken for more, 1000 that waited made jobs of 4 ms take 15
             first.put((202, queued))
 
         job.on_event = accept
-        self._spawn("job", lambda: first.put(self._end(job, self._attempt(job, lambda: self._process(job)))))
+        self._spawn(
+            "job", lambda: first.put(self._end(job, self._attempt(job, lambda: self._process(job))))
+        )
         return first.get()
 
     def _end(self, job: Job, error: JobError | None) -> tuple[int, dict[str, Any]]:
         answer = envelope(job, error)
         outcome = f"{error.type} ({error.status}): {error.message}" if error else "completed"
         timings = ", ".join(f"{name} {answer['timings'][name]}" for name in (*TIMINGS, "total_ms"))
-        log.info("job %s %s; %s", job.request_id, outcome.encode("unicode_escape").decode(), timings)
+        log.info(
+            "job %s %s; %s", job.request_id, outcome.encode("unicode_escape").decode(), timings
+        )
         self._count_job(job, error.type if error else "completed")
         if job.was_accepted and job.settings.webhook_url:
             # a receiver that never answers delays nobody, and costs no memory while its next try is waited for
             body = spooled(encode({**answer, "extra": job.extra_params}))
-            owed = replace(job, workflow={}, entry={}, outputs=[], answer_file=None, on_event=None, connection=None)
+            owed = replace(
+                job,
+                workflow={},
+                entry={},
+                outputs=[],
+                answer_file=None,
+                on_event=None,
+                connection=None,
+            )
             self._spawn("webhook", lambda: self._notify(owed, body))
         return error.status if error else 200, answer
 
@@ -1573,7 +1969,9 @@ class Worker:
                 if (state := self.state()) != "ready":
                     raise not_ready(state)
             self._prepare(job)
-        for attempt in range(3):  # a busy ComfyUI may take the second prompt first and clear its cache after it
+        for attempt in range(
+            3
+        ):  # a busy ComfyUI may take the second prompt first and clear its cache after it
             try:
                 self._run(job)
                 break
@@ -1589,7 +1987,11 @@ class Worker:
         """Builds the workflow, fetches the files that it names, and refuses what would fail after the GPU's work."""
         for name in ("s3_endpoint_url", "webhook_url"):
             if job.distrusts(name):
-                check_public(name.replace("_", ".", 1), getattr(job.settings, name), has_time=name == "webhook_url")
+                check_public(
+                    name.replace("_", ".", 1),
+                    getattr(job.settings, name),
+                    has_time=name == "webhook_url",
+                )
         if job.settings.s3_bucket_name:
             s3_client(job.settings, "s3_endpoint_url" in job.chosen)
         if job.modifier:
@@ -1597,7 +1999,11 @@ class Worker:
         places: dict[str, list[tuple[dict[str, Any], str]]] = {}
         for node in job.workflow.values():
             for name, value in node["inputs"].items():
-                if isinstance(value, str) and SOURCE.match(value) and self.comfyui.is_file(node["class_type"], name):
+                if (
+                    isinstance(value, str)
+                    and SOURCE.match(value)
+                    and self.comfyui.is_file(node["class_type"], name)
+                ):
                     places.setdefault(value, []).append((node["inputs"], name))
         if not places:  # as for most jobs: there is nothing to watch the client over
             return
@@ -1623,23 +2029,30 @@ class Worker:
             undelivered = deliver(job, read_outputs(job.entry, job.workflow), self.comfyui)
         if error := failure(job.entry) or undelivered:
             raise error
-        job.tell("progress", **dict.fromkeys(("node_id", "node_type", "value", "max")), percent=100.0)
+        job.tell(
+            "progress", **dict.fromkeys(("node_id", "node_type", "value", "max")), percent=100.0
+        )
 
     def _build(self, job: Job) -> None:
         """Has the job's modifier build its workflow."""
         modifiers = self._modifiers
         if not modifiers:
             raise invalid(
-                "this worker has no modifiers: modifiers.py is not beside pyworker.py", "invalid_modification"
+                "this worker has no modifiers: modifiers.py is not beside pyworker.py",
+                "invalid_modification",
             )
         try:
-            job.workflow = read_graph(modifiers.build(job.modifier, job.modifications, self.comfyui))
+            job.workflow = read_graph(
+                modifiers.build(job.modifier, job.modifications, self.comfyui)
+            )
             job.modifications = {}
         except modifiers.InvalidModification as error:
             raise invalid(str(error), "invalid_modification", **error.details) from None
         except ValueError as error:  # of read_graph, or the modifier's own
             log.exception("modifier %s", job.modifier)
-            raise JobError(500, "internal_error", f"the modifier {job.modifier} built no workflow: {error}") from None
+            raise JobError(
+                500, "internal_error", f"the modifier {job.modifier} built no workflow: {error}"
+            ) from None
 
     def _notify(self, job: Job, body: Any) -> None:
         with body:
@@ -1693,9 +2106,17 @@ class Worker:
         self._count(f'jobs_total{{outcome="{outcome}"}}')
         if job.was_accepted:
             self._count("cost_total", COST)
-            delivered = [output["size"] for output in job.files if "url" in output or "data" in output]
-            self._count("delivered_bytes_total", sum(delivered) or (job.answer_file or {"size": 0})["size"])
-            for name, timing in (("queue", "queue"), ("generation", "generation"), ("delivery", "postprocess")):
+            delivered = [
+                output["size"] for output in job.files if "url" in output or "data" in output
+            ]
+            self._count(
+                "delivered_bytes_total", sum(delivered) or (job.answer_file or {"size": 0})["size"]
+            )
+            for name, timing in (
+                ("queue", "queue"),
+                ("generation", "generation"),
+                ("delivery", "postprocess"),
+            ):
                 self._count(f"{name}_seconds_sum", job.timings[f"{timing}_ms"] / 1000)
                 self._count(f"{name}_seconds_count")
 
@@ -1714,10 +2135,14 @@ class Worker:
         lines = []
         for name, (kind, text) in METRICS.items():
             samples = [
-                each for each in (self._counts | now).items() if re.match(rf"{name}(_sum|_count)?(\{{|$)", each[0])
+                each
+                for each in (self._counts | now).items()
+                if re.match(rf"{name}(_sum|_count)?(\{{|$)", each[0])
             ]
             lines += [f"# HELP pyworker_{name} {text}", f"# TYPE pyworker_{name} {kind}"]
-            lines += [f"pyworker_{sample} {float(value)}" for sample, value in samples or [(name, 0)]]
+            lines += [
+                f"pyworker_{sample} {float(value)}" for sample, value in samples or [(name, 0)]
+            ]
         return "\n".join([*lines, ""])
 
     def stop(self) -> None:
@@ -1726,7 +2151,9 @@ class Worker:
         self._line.close()
         grace = self.settings.shutdown_grace
         log.info(
-            "stopping: %d requests and webhooks under way get %g s (a second signal ends it)", self._under_way, grace
+            "stopping: %d requests and webhooks under way get %g s (a second signal ends it)",
+            self._under_way,
+            grace,
         )
         with self._changed:
             if not self._changed.wait_for(lambda: not self._under_way, grace):
@@ -1763,7 +2190,11 @@ def envelope(job: Job, error: JobError | None) -> dict[str, Any]:
         "comfyui_response": scrub(job.entry) if job.settings.include_comfyui_response else {},
         "warnings": job.warnings,
     }
-    return {**answer, "error": {"type": error.type, "message": error.message, **error.details}} if error else answer
+    return (
+        {**answer, "error": {"type": error.type, "message": error.message, **error.details}}
+        if error
+        else answer
+    )
 
 
 # HTTP #################################################################################################################
@@ -1774,7 +2205,9 @@ READ = ["GET", "HEAD"]
 ROUTES = {"/generate/sync": ["POST"], "/health": READ, "/health/live": READ, "/metrics": READ}
 PREFERENCE = {"Preference-Applied": "respond-async"}
 STATUS_HEADERS = {202: PREFERENCE, 401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
-KEEP_ALIVE_SECONDS = 15  # between the comments of an event stream; proxies end silent connections after 50 or 60 s
+KEEP_ALIVE_SECONDS = (
+    15  # between the comments of an event stream; proxies end silent connections after 50 or 60 s
+)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -1815,17 +2248,33 @@ class Handler(http.server.BaseHTTPRequestHandler):
         origin = self.headers.get("Origin")
         # keeps a page in somebody's browser from using a worker that only this browser's machine can reach
         if origin and origin.partition("://")[2] != self.headers.get("Host"):
-            raise JobError(403, "forbidden_origin", "requests of a page from another origin are refused")
+            raise JobError(
+                403, "forbidden_origin", "requests of a page from another origin are refused"
+            )
         if path not in ROUTES:
             raise JobError(404, "not_found", f"there is nothing here; there is {', '.join(ROUTES)}")
         if self.command not in ROUTES[path]:
-            raise JobError(405, "method_not_allowed", f"{path} takes {' or '.join(ROUTES[path])}", allow=ROUTES[path])
+            raise JobError(
+                405,
+                "method_not_allowed",
+                f"{path} takes {' or '.join(ROUTES[path])}",
+                allow=ROUTES[path],
+            )
         if path.startswith("/health"):
             self._answer(*worker.health(is_probe_of_life=path == "/health/live"))
             return
-        wanted, given = f"Bearer {worker.settings.auth_token}", self.headers.get("Authorization", "")
-        if worker.settings.auth_token and not hmac.compare_digest(wanted.encode(), given.encode("latin-1")):
-            raise JobError(401, "unauthorized", "send the worker's token in the header 'Authorization: Bearer <token>'")
+        wanted, given = (
+            f"Bearer {worker.settings.auth_token}",
+            self.headers.get("Authorization", ""),
+        )
+        if worker.settings.auth_token and not hmac.compare_digest(
+            wanted.encode(), given.encode("latin-1")
+        ):
+            raise JobError(
+                401,
+                "unauthorized",
+                "send the worker's token in the header 'Authorization: Bearer <token>'",
+            )
         if path == "/metrics":
             self._send(200, "text/plain; version=0.0.4; charset=utf-8", [worker.metrics().encode()])
         else:
@@ -1833,10 +2282,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _generate(self, worker: Worker) -> None:
         is_included = self.headers.get("X-Include-ComfyUI-Response") in ("1", "true")
-        settings = replace(worker.settings, include_comfyui_response=True) if is_included else worker.settings
-        accept, prefer = (", ".join(self.headers.get_all(name, [])) for name in ("Accept", "Prefer"))
+        settings = (
+            replace(worker.settings, include_comfyui_response=True)
+            if is_included
+            else worker.settings
+        )
+        accept, prefer = (
+            ", ".join(self.headers.get_all(name, [])) for name in ("Accept", "Prefer")
+        )
         stream = EventStream(self)
-        job = Job(settings=settings, connection=self.connection, on_event=stream.send, accept=accept, prefer=prefer)
+        job = Job(
+            settings=settings,
+            connection=self.connection,
+            on_event=stream.send,
+            accept=accept,
+            prefer=prefer,
+        )
         job.request = parse_request(self._read_body())
         status, answer = worker.answer(job)
         if stream.is_open:
@@ -1851,12 +2312,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         plain = re.sub(r"[^ !#-\[\]-~]", "_", delivered_name(output, preview))
         with contextlib.ExitStack() as stack:
             try:
-                file = comfyui.patiently(job, lambda: stack.enter_context(comfyui.open(output, preview)))
+                file = comfyui.patiently(
+                    job, lambda: stack.enter_context(comfyui.open(output, preview))
+                )
             except JobError as error:
                 self._answer(error.status, envelope(job, error))
                 return
             headers = {"Content-Type": output["mimetype"], "Content-Length": str(output["size"])}
-            headers |= {"Content-Disposition": f'inline; filename="{plain}"', "X-Request-Id": str(job.request_id)}
+            headers |= {
+                "Content-Disposition": f'inline; filename="{plain}"',
+                "X-Request-Id": str(job.request_id),
+            }
             self.send_head(200, headers)
             shutil.copyfileobj(file, self.wfile)
             self.wfile.flush()
@@ -1865,12 +2331,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         lengths = set(self.headers.get_all("Content-Length", []))
         limit = self.server.worker.settings.max_body_bytes
         if not lengths or "Transfer-Encoding" in self.headers:
-            raise JobError(411, "length_required", "send the body with a Content-Length, not in chunks")
+            raise JobError(
+                411, "length_required", "send the body with a Content-Length, not in chunks"
+            )
         if len(lengths) > 1 or not re.fullmatch(r"[0-9]{1,18}", text := lengths.pop()):
             raise invalid("Content-Length has to be one number")
         length = int(text)
         if length > limit:
-            raise JobError(413, "body_too_large", f"the body has {length} bytes; MAX_BODY_BYTES allows {limit}")
+            raise JobError(
+                413, "body_too_large", f"the body has {length} bytes; MAX_BODY_BYTES allows {limit}"
+            )
         if self.headers.get("Expect", "").lower() == "100-continue":
             self.send_response_only(100)
             self.end_headers()
@@ -1890,10 +2360,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # the line's end is for who reads it in a terminal
         self._send(status, JSON, [*encode(answer), b"\n"], STATUS_HEADERS.get(status, allow))
 
-    def _send(self, status: int, mimetype: str, body: list[bytes], headers: Mapping[str, str] = {}) -> None:
+    def _send(
+        self, status: int, mimetype: str, body: list[bytes], headers: Mapping[str, str] = {}
+    ) -> None:
         length = str(sum(map(len, body)))
         close = {"Connection": "close"} if self.owes_body or self.close_connection else {}
-        self.send_head(status, {"Content-Type": mimetype, "Content-Length": length, **headers, **close})
+        self.send_head(
+            status, {"Content-Type": mimetype, "Content-Length": length, **headers, **close}
+        )
         self.wfile.writelines([] if self.command == "HEAD" else body)
         self.wfile.flush()
         if self.owes_body:
@@ -1917,8 +2391,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What http.server itself refuses (a malformed or oversized head), in the shape of every other answer."""
         self.close_connection = self.owes_body = True
-        self.request_version = self.protocol_version  # http.server answers a line that it cannot read without a head
-        self._answer(code, envelope(Job(), JobError(code, "invalid_request", f"the request cannot be read: {message}")))
+        self.request_version = (
+            self.protocol_version
+        )  # http.server answers a line that it cannot read without a head
+        self._answer(
+            code,
+            envelope(
+                Job(), JobError(code, "invalid_request", f"the request cannot be read: {message}")
+            ),
+        )
 
     def version_string(self) -> str:
         """The Server header."""
@@ -1942,7 +2423,11 @@ class EventStream:
         if not self.is_open:
             self.is_open = self._handler.close_connection = True
             # nginx would collect the events
-            headers = {"Content-Type": EVENT_STREAM, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+            headers = {
+                "Content-Type": EVENT_STREAM,
+                "Cache-Control": "no-store",
+                "X-Accel-Buffering": "no",
+            }
             self._handler.send_head(200, {**headers, "Connection": "close"})
             threading.Thread(target=self._keep_alive, name="keep-alive", daemon=True).start()
         self._write([f"event: {event}\ndata: ".encode(), *encode(about), b"\n\n"])
@@ -1963,7 +2448,9 @@ class EventStream:
             try:
                 self._handler.wfile.writelines(pieces)
                 self._handler.wfile.flush()
-            except CONNECTION_LOST:  # a client that has stopped reading may hold up its job once, not again and again
+            except (
+                CONNECTION_LOST
+            ):  # a client that has stopped reading may hold up its job once, not again and again
                 self._ended.set()
 
 
@@ -1972,7 +2459,9 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     daemon_threads = True
     allow_reuse_address = True
-    request_queue_size = 1024  # connections that arrive together; the kernel's own limit may be lower
+    request_queue_size = (
+        1024  # connections that arrive together; the kernel's own limit may be lower
+    )
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
@@ -2000,32 +2489,48 @@ class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record as text."""
         text = super().format(record)
-        return text if str(record.msg).startswith("WORKER_") else re.sub("WORKER_(?=READY|ERROR)", "WORKER-", text)
+        return (
+            text
+            if str(record.msg).startswith("WORKER_")
+            else re.sub("WORKER_(?=READY|ERROR)", "WORKER-", text)
+        )
 
 
 def main() -> None:
     """Runs the worker until it is told to stop by SIGTERM or SIGINT; a second signal stops it at once."""
-    given = {name: value for name, value in vars(_parser().parse_args()).items() if value is not None}
+    given = {
+        name: value for name, value in vars(_parser().parse_args()).items() if value is not None
+    }
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler])
     log.setLevel(logging.INFO)  # and the libraries at their warnings
     # of a modifiers.py that cannot be imported, too
-    sys.excepthook = lambda *error: log.critical("WORKER_ERROR: the worker cannot start: %s", error[1], exc_info=error)
+    sys.excepthook = lambda *error: log.critical(
+        "WORKER_ERROR: the worker cannot start: %s", error[1], exc_info=error
+    )
     try:
         settings = Settings.read({**os.environ, **given})
         server = Server(Worker(settings))
     except ValueError as error:
         sys.exit(f"WORKER_ERROR: {error}")
     except OSError as error:
-        sys.exit(f"WORKER_ERROR: cannot listen on {settings.worker_host} port {settings.port} (see --port): {error}")
+        sys.exit(
+            f"WORKER_ERROR: cannot listen on {settings.worker_host} port {settings.port} (see --port): {error}"
+        )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, functools.partial(_stop, server))
     _fit_the_system()
     log.info("ComfyUI PyWorker %s listens on http://%s:%s", __version__, *server.server_address[:2])
     threading.Thread(target=_warn, args=[settings], name="warnings", daemon=True).start()
-    log.info("modifiers: %s", ", ".join(server.worker.modifiers) or "none, as modifiers.py is not beside pyworker.py")
-    log.info("waiting for ComfyUI at %s; to start one: python main.py in its folder", settings.comfyui_api_base)
+    log.info(
+        "modifiers: %s",
+        ", ".join(server.worker.modifiers) or "none, as modifiers.py is not beside pyworker.py",
+    )
+    log.info(
+        "waiting for ComfyUI at %s; to start one: python main.py in its folder",
+        settings.comfyui_api_base,
+    )
     threading.Thread(target=server.worker.comfyui.listen, name="websocket", daemon=True).start()
     server.serve_forever()
     logging.shutdown()
@@ -2034,7 +2539,8 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     listed = "\n".join(
-        f"  {each.name.upper():26}{each.metadata['help']}" + (f" [{each.default}]" if each.default else "")
+        f"  {each.name.upper():26}{each.metadata['help']}"
+        + (f" [{each.default}]" if each.default else "")
         for each in fields(Settings)
     )
     parser = argparse.ArgumentParser(
@@ -2051,9 +2557,13 @@ def _parser() -> argparse.ArgumentParser:
 def _warn(settings: Settings) -> None:
     """Says what an operator would regret later."""
     if settings.worker_host not in ("127.0.0.1", "::1", "localhost") and not settings.auth_token:
-        log.warning("AUTH_TOKEN is not set: whoever reaches %s can use the GPU", settings.worker_host)
+        log.warning(
+            "AUTH_TOKEN is not set: whoever reaches %s can use the GPU", settings.worker_host
+        )
     if settings.s3_access_key_id and not settings.s3_bucket_name:
-        log.warning("S3 keys are set but no S3_BUCKET_NAME: S3 is off for requests that name no bucket")
+        log.warning(
+            "S3 keys are set but no S3_BUCKET_NAME: S3 is off for requests that name no bucket"
+        )
     for name in ("comfyui_install_path", "workflow_file", "workflows_dir"):
         if not os.path.exists(getattr(settings, name) or "."):
             log.warning("%s leads nowhere: %s", name.upper(), getattr(settings, name))
@@ -2066,12 +2576,16 @@ def _warn(settings: Settings) -> None:
 
 def _fit_the_system() -> None:
     """Makes room for many connections and large bodies, where the system lets it."""
-    with contextlib.suppress(ImportError, ValueError, OSError):  # Linux' usual limit of 1024 is soon reached
+    with contextlib.suppress(
+        ImportError, ValueError, OSError
+    ):  # Linux' usual limit of 1024 is soon reached
         import resource
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    with contextlib.suppress(ImportError, AttributeError, OSError, TypeError):  # of a C library that is not glibc
+    with contextlib.suppress(
+        ImportError, AttributeError, OSError, TypeError
+    ):  # of a C library that is not glibc
         import ctypes
 
         # M_MMAP_THRESHOLD: what takes more than this is given back at once. Left alone, glibc raises it to the largest

