@@ -9,34 +9,32 @@
     GET  /health          tells the platform whether the worker is in order
     GET  /metrics         tells Prometheus what it has done
 
-A request becomes a `Job`. The files that its workflow names are fetched, it waits in the `Line` for the one GPU, runs
-in ComfyUI, and its outputs are delivered into the answer, into S3 and to a webhook. ComfyUI is spoken to over HTTP; one
-websocket connection, kept for the worker's life and always drained, tells when a prompt ends. What ComfyUI's history
-says is authoritative: the websocket only says when to look. When the connection is lost, history and queue are looked
-up until the prompt has ended, and a prompt that ComfyUI lost with it is sent again, once.
+What was asked is read once into a frozen `Request`. A `Job` carries it: the files that its workflow
+names are fetched, it waits in the `GpuQueue`, runs in ComfyUI, and its outputs are delivered into
+the answer, into S3 and to a webhook. ComfyUI is spoken to over HTTP. One websocket, kept for the
+worker's life and always drained, tells when a prompt ends. ComfyUI's history is authoritative: the
+websocket only says when to look. When the websocket's connection is lost, history and queue are
+asked until the prompt has ended, and a prompt that ComfyUI lost as well is submitted again, once.
 
-Each HTTP connection has a thread; one lock around submit-to-finished keeps the GPU to one job, and everything else
-(checking, fetching, uploading, webhooks) runs outside it. MIT licence.
+Each HTTP connection has a thread. One lock around submit-to-finished keeps the GPU to one job;
+everything else (checking, fetching, uploading, webhooks) runs outside it.
+
+Chapters, in the order in which a request meets them: settings, errors, request and job, addresses
+and inputs, ComfyUI, delivery, worker, HTTP, command line. MIT licence.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import collections
-import concurrent.futures
-import contextlib
 import fnmatch
-import functools
 import hashlib
 import hmac
-import http.client
 import http.server
 import io
-import ipaddress
-import itertools
 import json
 import logging
+import math
 import mimetypes
 import os
 import queue
@@ -44,25 +42,33 @@ import random
 import re
 import select
 import shutil
-import signal
 import socket
 import socketserver
 import sys
 import tempfile
-import threading
 import time
-import urllib.parse
-import urllib.request
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, BinaryIO
+from functools import lru_cache, partial
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from ipaddress import IPv4Address, ip_address, ip_network
+from signal import SIGINT, SIGTERM, signal
+from threading import Condition, Event, Lock, Thread
+from time import monotonic
+from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import quote, urlencode, urljoin, urlsplit
+from urllib.request import DataHandler
+from urllib.request import Request as UrlRequest
+from uuid import uuid4
 
 try:
     import websocket
 except ImportError:
     sys.exit(
-        "WORKER_ERROR: the package websocket-client is missing; install it with: pip install websocket-client"
+        "WORKER_ERROR: the package websocket-client is missing;"
+        " install it with: pip install websocket-client"
     )
 
 __version__ = "1.0.0"
@@ -70,182 +76,217 @@ COST = 100  # of each request: the static figure that an autoscaler is given
 
 log = logging.getLogger("pyworker")
 
-Graph = dict[
-    str, dict[str, Any]
-]  # ComfyUI's API format: node id -> {"class_type": …, "inputs": {…}}
-Output = dict[str, Any]  # one entry of an answer's "output"
-Message = dict[str, Any]  # one websocket message: {"type": …, "data": {…}}
-
-# What a connection that cannot be made, or breaks, raises in http.client and socket alike.
-CONNECTION_LOST = (OSError, http.client.HTTPException)
+JsonObject = dict[str, Any]
+Graph = dict[str, JsonObject]  # ComfyUI's API format: node id -> {"class_type": …, "inputs": …}
+Answer = tuple[int, JsonObject]  # the HTTP status and the envelope
+Output = JsonObject  # one entry of an answer's "output"
 
 
-# Settings #############################################################################################################
+def start_thread(name: str, action: Callable[..., None], *args: Any) -> None:
+    """Runs the action in a thread of its own, which does not keep the process from ending."""
+    Thread(target=action, args=args, name=name, daemon=True).start()
 
-Reader = Callable[
-    [Any], Any
-]  # checks one value and returns what it means; its ValueError says what it has to be
+
+# What http.client and socket raise when a connection cannot be made, or breaks.
+CONNECTION_LOST = (OSError, HTTPException)
+
+
+# Settings #########################################################################################
+
+Reader = Callable[[Any], Any]  # returns what a value stands for, or raises ValueError
 
 BLANK: tuple[Any, ...] = ("", {}, None)  # what templates leave in a field that is not filled in
 
 
-def reader(words: str, fits: Callable[[Any], Any]) -> Reader:
-    """Makes a reader that takes what fits, as it is."""
+def reader(expected: str, is_valid: Callable[[Any], Any]) -> Reader:
+    """Makes a reader that returns valid values unchanged; `expected` says what is valid."""
 
     def read(value: Any) -> Any:
-        if not fits(value):
-            raise ValueError(f"has to be {words}")
+        if not is_valid(value):
+            raise ValueError(f"has to be {expected}")
         return value
 
     return read
 
 
-def number(low: float, high: float, *kinds: type) -> Reader:
-    """Makes a reader of numbers in that range; without bool, which is a kind of int in Python."""
-    words = f"a {'number' if float in kinds else 'whole number'} from {low:g} to {high}"
-    return reader(words, lambda value: type(value) in kinds and low <= value <= high)
+def number_reader(low: float, high: float, *types: type) -> Reader:
+    """Makes a reader of numbers from low to high. A bool is none, although Python says so."""
+    kind = "number" if float in types else "whole number"
+    return reader(
+        f"a {kind} from {low:g} to {high}",
+        lambda value: type(value) in types and low <= value <= high,
+    )
 
 
-def matching(pattern: str, words: str) -> Reader:
+def pattern_reader(pattern: str, expected: str) -> Reader:
     """Makes a reader of strings that match the pattern as a whole."""
-    return reader(words, lambda value: isinstance(value, str) and re.fullmatch(pattern, value))
+    return reader(
+        expected,
+        lambda value: isinstance(value, str) and re.fullmatch(pattern, value),
+    )
 
 
-def read_fields(given: Mapping[str, Any], readers: Mapping[str, Reader]) -> dict[str, Any]:
-    """What each reader makes of its field; blank fields count as absent. ValueError names the field at fault."""
+def read_fields(given: JsonObject, readers: Mapping[str, Reader], prefix: str = "") -> JsonObject:
+    """What the readers return for the fields that are given; blank fields count as absent.
+
+    Raises ValueError with the name of the field at fault, after the prefix.
+    """
     values = {}
     for name, read in readers.items():
+        if given.get(name) in BLANK:
+            continue
         try:
-            if given.get(name) not in BLANK:
-                values[name] = read(given[name])
+            values[name] = read(given[name])
         except ValueError as error:
-            raise ValueError(f"{name} {error}") from None
+            raise ValueError(f"{prefix}{name} {error}") from None
     return values
 
 
-def is_url(text: Any) -> bool:
-    """Whether it is an http(s) URL that http.client will take: without spaces, control and non-ASCII characters."""
-    with contextlib.suppress(
-        ValueError
-    ):  # of a port or a name that is none, or a bracket without its twin
-        parts = urllib.parse.urlsplit(text if isinstance(text, str) else "")
-        # a % would begin an IPv6 address' zone, which libraries read in ways of their own
-        is_web = (
-            parts.scheme in ("http", "https")
-            and parts.port != 0
-            and not re.search("[@%]", parts.netloc)
-        )
-        return bool(
-            is_web and re.fullmatch(r"[!-~]+", text) and (parts.hostname or "").encode("idna")
-        )
-    return False
+def is_url(value: Any) -> bool:
+    """Whether it is an http(s) URL that http.client takes: plain ASCII, without spaces."""
+    if not isinstance(value, str) or not re.fullmatch(r"[!-~]+", value):
+        return False
+    try:
+        parts = urlsplit(value)
+        host = (parts.hostname or "").encode("idna")
+        port = parts.port
+    except ValueError:  # a port or a host that is none, or a bracket without its twin
+        return False
+    # A % begins an IPv6 address' zone, which libraries read in different ways.
+    is_plain = not re.search("[@%]", parts.netloc)
+    return parts.scheme in ("http", "https") and is_plain and bool(host) and port != 0
 
 
 def read_signing_key(secret: Any) -> bytes:
     """The bytes of a Standard Webhooks secret."""
-    with contextlib.suppress(ValueError):
-        key = base64.b64decode(secret[6:], validate=True) if isinstance(secret, str) else b""
-        if key and secret.startswith("whsec_"):
-            return key
-    raise ValueError("has to be 'whsec_' and base64, as the Standard Webhooks specification has it")
+    key = b""
+    if isinstance(secret, str) and secret.startswith("whsec_"):
+        with suppress(ValueError):  # no base64: refused below
+            key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+    if not key:
+        raise ValueError(
+            "has to be 'whsec_' and base64, as the Standard Webhooks specification has it"
+        )
+    return key
 
 
-URL_WORDS = "an http:// or https:// URL in plain ASCII, without a password, such as https://example.com/path"
-read_text = matching(r"(?s:.*)", "a string")
-read_plain = matching(r"[!-~]+", "a string in plain ASCII, without spaces")
+URL_EXPECTED = "an http:// or https:// URL in plain ASCII, without a password, such as https://example.com/path"
+read_text = reader("a string", lambda value: isinstance(value, str))
+read_plain = pattern_reader(r"[!-~]+", "a string in plain ASCII, without spaces")
 read_flag = reader("true or false", lambda value: isinstance(value, bool))
 read_object = reader("an object", lambda value: isinstance(value, dict))
-read_url = reader(URL_WORDS, is_url)
-read_count = number(0, 2**53, int)  # beyond, JSON's numbers are no longer exact
-read_seconds = number(0, 10**7, int, float)  # 115 days: threads cannot wait much longer
-read_timeout = number(0.001, 3600, int, float)
+read_url = reader(URL_EXPECTED, is_url)
+read_count = number_reader(0, 2**53, int)  # JSON's numbers are exact up to here
+read_seconds = number_reader(0, 10**7, int, float)  # 115 days: threads cannot wait much longer
+read_timeout = number_reader(0.001, 3600, int, float)
+read_pauses = pattern_reader(
+    r"[0-9]{1,5}(\.[0-9]+)?(,[0-9]{1,5}(\.[0-9]+)?)*", "seconds with commas between, such as 4,20"
+)
 
 
-def _setting(default: Any, read: Reader, text: str) -> Any:
-    return field(default=default, metadata={"read": read, "help": text})
+def _setting(read: Reader, help: str, default: Any = "") -> Any:
+    return field(default=default, metadata={"read": read, "help": help})
 
 
-@dataclass(frozen=True, repr=False)  # it holds secrets
+@dataclass(frozen=True, repr=False)  # it holds secrets, which a repr would show
 class Settings:
-    """The environment, read once. A field's variable is its name in upper case; durations are in seconds."""
+    """The environment, read once. A field's variable is its name in upper case.
 
-    worker_host: str = _setting("127.0.0.1", read_text, "address to listen on")
-    port: int = _setting(8000, number(0, 65535, int), "port to listen on")
-    comfyui_api_base: str = _setting("http://127.0.0.1:8188", read_url, "where ComfyUI answers")
+    Durations are in seconds.
+    """
+
+    worker_host: str = _setting(read_text, "address to listen on", "127.0.0.1")
+    port: int = _setting(number_reader(0, 65535, int), "port to listen on", 8000)
+    comfyui_api_base: str = _setting(read_url, "where ComfyUI answers", "http://127.0.0.1:8188")
     comfyui_install_path: str = _setting(
-        "", read_text, "ComfyUI's folder; set, an answer shows each file's local_path"
+        read_text, "ComfyUI's folder; set, an answer shows each file's local_path"
     )
     comfyui_return_timeout: float = _setting(
-        120.0, read_seconds, "seconds that ComfyUI may stay away under a job"
+        read_seconds, "seconds that ComfyUI may stay away under a job", 120.0
+    )
+    comfyui_silence_timeout: float = _setting(
+        read_timeout, "seconds without a word from ComfyUI until its history is looked up", 10.0
+    )
+    unreachable_after: float = _setting(
+        read_seconds, "seconds of failures until /health says unreachable", 10.0
     )
     auth_token: str = _setting(
-        "", read_plain, "what clients have to send as 'Authorization: Bearer <token>'"
+        read_plain, "what clients have to send as 'Authorization: Bearer <token>'"
     )
     max_queue_size: int = _setting(
-        100, read_count, "jobs that may wait for the GPU; the next one gets 503"
+        read_count, "jobs that may wait for the GPU; the next one gets 503", 100
     )
-    max_body_bytes: int = _setting(64 << 20, read_count, "largest request body")
+    max_body_bytes: int = _setting(read_count, "largest request body", 64 << 20)
     max_input_bytes: int = _setting(
-        100 << 20, read_count, "largest file that a workflow may name by its URL"
+        read_count, "largest file that a workflow may name by its URL", 100 << 20
     )
     output_base64_max_bytes: int = _setting(
-        64 << 20, read_count, "largest file that an answer carries as base64"
+        read_count, "largest file that an answer carries as base64", 64 << 20
     )
     job_timeout: float = _setting(
-        0.0, read_seconds, "seconds that a job may take on the GPU; 0: no limit"
+        read_seconds, "seconds that a job may take on the GPU; 0: no limit", 0.0
+    )
+    prompt_head_start: float = _setting(
+        read_seconds, "seconds that a job's history waits for the next prompt to be sent", 0.02
     )
     shutdown_grace: float = _setting(
-        300.0, read_seconds, "seconds that SIGTERM leaves a running job and webhooks"
+        read_seconds, "seconds that SIGTERM leaves a running job and webhooks", 300.0
+    )
+    event_keep_alive: float = _setting(
+        read_timeout, "seconds between the comments that keep an event stream open", 15.0
     )
     s3_access_key_id: str = _setting(
-        "", read_plain, "S3 key; with neither key set, boto3's own chain is used"
+        read_plain, "S3 key; with neither key set, boto3's own chain is used"
     )
-    s3_secret_access_key: str = _setting("", read_plain, "its secret")
-    s3_bucket_name: str = _setting("", read_plain, "bucket; naming one turns S3 on")
-    s3_endpoint_url: str = _setting("", read_url, "S3 server; empty: AWS")
-    s3_region: str = _setting("", read_plain, "its region")
-    s3_prefix: str = _setting("", read_text, "put before every S3 key")
+    s3_secret_access_key: str = _setting(read_plain, "its secret")
+    s3_bucket_name: str = _setting(read_plain, "bucket; naming one turns S3 on")
+    s3_endpoint_url: str = _setting(read_url, "S3 server; empty: AWS")
+    s3_region: str = _setting(read_plain, "its region")
+    s3_prefix: str = _setting(read_text, "put before every S3 key")
     s3_connect_timeout: float = _setting(
-        60.0, read_timeout, "seconds until a connection to S3 counts as failed"
+        read_timeout, "seconds until a connection to S3 counts as failed", 60.0
     )
     s3_connect_attempts: int = _setting(
-        3, number(1, 1000, int), "tries of each S3 request, the first one included"
+        number_reader(1, 1000, int), "tries of each S3 request, the first one included", 3
     )
     s3_url_expires: int = _setting(
-        604800, number(1, 604800, int), "seconds that a presigned URL is valid"
+        number_reader(1, 604800, int), "seconds that a presigned URL is valid", 604800
     )
-    webhook_url: str = _setting("", read_url, "gets a POST for every job that ends")
+    webhook_url: str = _setting(read_url, "gets a POST for every job that ends")
     webhook_timeout: float = _setting(
-        30.0, read_timeout, "seconds until a webhook's receiver counts as silent"
+        read_timeout, "seconds until a webhook's receiver counts as silent", 30.0
+    )
+    webhook_retry_pauses: str = _setting(
+        read_pauses, "seconds between a webhook's tries, 20 % more or less", "4,20,100,480"
     )
     webhook_secret: bytes = _setting(
-        b"", read_signing_key, "signs what goes to WEBHOOK_URL: whsec_ and base64"
+        read_signing_key, "signs what goes to WEBHOOK_URL: whsec_ and base64", b""
     )
-    workflow_file: str = _setting("", read_text, "the workflow of RawWorkflow, in API format")
+    workflow_file: str = _setting(read_text, "the workflow of RawWorkflow, in API format")
     workflows_dir: str = _setting(
-        "", read_text, "folder of workflows; each is a modifier under its file's name"
+        read_text, "folder of workflows; each is a modifier under its file's name"
     )
     default_checkpoint: str = _setting(
-        "", read_text, "Text2Image's checkpoint; empty: the first that ComfyUI lists"
+        read_text, "Text2Image's checkpoint; empty: the first that ComfyUI lists"
     )
     include_comfyui_response: bool = _setting(
-        False, read_flag, "put ComfyUI's history entry into every answer"
+        read_flag, "put ComfyUI's history entry into every answer", False
     )
     allow_private_addresses: bool = _setting(
-        False, read_flag, "let URLs in requests lead to private addresses"
+        read_flag, "let URLs in requests lead to private addresses", False
     )
-    comfy_org_api_key: str = _setting("", read_plain, "passed on to ComfyUI for its partner nodes")
+    comfy_org_api_key: str = _setting(read_plain, "passed on to ComfyUI for its partner nodes")
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
-        """Reads and checks the environment; ValueError names the variable at fault, never a secret's value."""
-        rows = {each.name.upper(): each for each in fields(cls)}
-        given = {
-            name: _from_text(environ.get(name, "").strip(), each.default)
-            for name, each in rows.items()
-        }
-        values = read_fields(given, {name: each.metadata["read"] for name, each in rows.items()})
-        settings = cls(**{name.lower(): value for name, value in values.items()})
+        """Reads the environment; ValueError names the variable at fault, never a secret's value."""
+        given, readers = {}, {}
+        for each in fields(cls):
+            variable = each.name.upper()
+            given[variable] = _parse_variable(environ.get(variable, "").strip(), each.default)
+            readers[variable] = each.metadata["read"]
+        values = read_fields(given, readers)
+        settings = cls(**{variable.lower(): value for variable, value in values.items()})
         if bool(settings.s3_access_key_id) != bool(settings.s3_secret_access_key):
             raise ValueError(
                 "S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY come in pairs: set both or neither"
@@ -253,26 +294,35 @@ class Settings:
         return settings
 
 
-def _from_text(text: str, default: Any) -> Any:
-    """The number or truth value that the text is, as JSON has it, where the default is one; else the text itself."""
-    with contextlib.suppress(ValueError):  # the reader refuses it
-        return json.loads(text.lower()) if isinstance(default, (int, float)) else text
-    return text
+def _parse_variable(text: str, default: Any) -> Any:
+    """The number or truth value that the text stands for, where the default is one."""
+    if not isinstance(default, (int, float)):
+        return text
+    try:
+        return json.loads(text.lower())
+    except ValueError:
+        return text  # which the setting's reader refuses
 
 
-# Errors ###############################################################################################################
+SETTING_READERS = {each.name: each.metadata["read"] for each in fields(Settings)}
+
+
+# Errors ###########################################################################################
 
 
 class JobError(Exception):
     """A job's failure, raised where it is known and answered in one place.
 
-    status: of HTTP. type: one of the contract's, for programs. message: one sentence that a person can act on.
-    details: what else goes into the answer's `error`.
+    status: of HTTP. type: one of the contract's, for programs. message: one sentence that a person
+    can act on. details: what else goes into the answer's `error`.
     """
 
     def __init__(self, status: int, type: str, message: str, **details: Any) -> None:
         super().__init__(message)
-        self.status, self.type, self.message, self.details = status, type, message, details
+        self.status = status
+        self.type = type
+        self.message = message
+        self.details = details
 
     @property
     def outcome(self) -> str:
@@ -281,1218 +331,655 @@ class JobError(Exception):
 
 
 def invalid(message: str, type: str = "invalid_request", **details: Any) -> JobError:
-    """A request that is not in order."""
+    """The error of a request that is not in order."""
     return JobError(400, type, message, **details)
 
 
-def not_ready(state: str) -> JobError:
-    """What a worker answers to a job that it cannot begin."""
+def unavailable(state: str) -> JobError:
+    """The error of a job that cannot begin while the worker is in that state."""
     if state == "stopping":
         return JobError(
             503,
             "shutting_down",
             "the worker is stopping; send the job again, to another one or later",
         )
-    trouble = {"starting": "is not up yet", "faulted": "has lost its GPU and has to be restarted"}
-    return JobError(
-        503,
-        "comfyui_unavailable",
-        f"ComfyUI {trouble.get(state, 'does not answer')}; try again later",
-    )
+    reason = {
+        "starting": "is not up yet",
+        "faulted": "has lost its GPU and has to be restarted",
+    }.get(state, "does not answer")
+    return JobError(503, "comfyui_unavailable", f"ComfyUI {reason}; try again later")
 
 
-# Job ##################################################################################################################
+@contextmanager
+def bugs_answered(job_id: str | None) -> Iterator[None]:
+    """Turns a bug of the worker into the 500 internal_error, and logs it.
+
+    A bug must not cost the client its answer, nor the webhook its message.
+    """
+    try:
+        yield
+    except JobError:
+        raise
+    except Exception:  # whatever a bug raises
+        log.exception("job %s met a bug of the worker", job_id)
+        raise JobError(500, "internal_error", "the worker failed; its log says why") from None
+
+
+# Request and job ##################################################################################
 
 RANDOM_INT = "__RANDOM_INT__"
-MAX_JSON_VALUES = (
-    10**6
-)  # graphs have some thousands; 64 MiB of "[],[],[]" would take 3 GB and half a minute
-MAX_JSON_DEPTH = (
-    100  # ComfyUI's own graphs nest 5 deep; deeper ones only serve to exhaust the stack
-)
-EVENT_STREAM, JSON, BYTES = "text/event-stream", "application/json", "application/octet-stream"
+# Graphs have some thousands of values; 64 MiB of "[],[],[]" would take 3 GB and half a minute.
+MAX_JSON_VALUES = 10**6
+# ComfyUI's own graphs nest 5 deep; deeper ones only serve to exhaust the stack.
+MAX_JSON_DEPTH = 100
+EVENT_STREAM = "text/event-stream"
+JSON = "application/json"
+BYTES = "application/octet-stream"
 TIMINGS = ("queue_ms", "preprocess_ms", "generation_ms", "postprocess_ms")
 
 
-@dataclass(repr=False, eq=False)
-class Job:
-    """A request on its way to its answer: checked, so that nothing downstream has to check it again."""
+def parse_body(body: bytes) -> JsonObject:
+    """The object with "input" in it, out of a serverless envelope's "payload"; 400 otherwise."""
+    if not body.strip():
+        raise invalid('the body is empty; send JSON: {"input": {"workflow_json": {...}}}')
+    if sum(body.count(each) for each in (b",", b"[", b"{")) > MAX_JSON_VALUES:
+        raise invalid(f"the body has more than {MAX_JSON_VALUES} values")
+    try:
+        value = json.loads(body, parse_constant=_parse_finite, parse_float=_parse_finite)
+        # Halves of surrogate pairs cannot be encoded: no answer could repeat them.
+        json.dumps(map_strings(value, str, MAX_JSON_DEPTH), ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # JSON's and Unicode's errors are ValueErrors
+        raise invalid(f"the body is not JSON that can be read: {error}") from None
+    if isinstance(value, dict) and isinstance(value.get("payload"), dict):
+        value = value["payload"]
+    if not isinstance(value, dict) or not isinstance(value.get("input"), dict):
+        raise invalid(
+            'the body has to be a JSON object with the job in "input":'
+            ' {"input": {"workflow_json": {...}}}'
+        )
+    return value
 
-    request: dict[str, Any] = field(default_factory=dict)  # until it is read
-    request_id: str | None = None  # None where the body could not be read
-    modifier: str = ""
-    modifications: dict[str, Any] = field(default_factory=dict)
-    workflow: Graph = field(default_factory=dict)  # empty until the modifier has built it
-    settings: Settings = field(
-        default_factory=Settings
-    )  # the operator's, under what the request says of its own
-    chosen: set[str] = field(default_factory=set)  # the settings that the request changed
-    extra_params: dict[str, Any] = field(default_factory=dict)  # of the webhook
-    return_outputs_as_base64: bool = False
-    output_format: str = ""  # what still images are converted to: webp or jpeg
-    output_quality: int = 90
-    accept: str = (
-        ""  # the header; once the job is read, the media range that is to be answered with
-    )
-    prefer: str = ""  # the header
-    on_event: Callable[[str, dict[str, Any]], None] | None = (
-        None  # hears of the job's life: its name, and about it
-    )
-    connection: socket.socket | None = None  # of its client
-    prompt_id: str = field(default_factory=lambda: str(uuid.uuid4()))
-    received_at: float = field(default_factory=time.time)
-    timings: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(TIMINGS, 0.0)
-    )  # milliseconds
-    # what a waiting or running job has to hear: its turn, ComfyUI's messages, a lost connection, an order to stop
-    inbox: queue.SimpleQueue[Message] = field(default_factory=queue.SimpleQueue)
-    has_turn: bool = False  # on the GPU
-    is_submitted: threading.Event = field(
-        default_factory=threading.Event
-    )  # ComfyUI has answered, or never will
-    was_accepted: bool = (
-        False  # its request was in order and it found a place in the queue: its webhook is owed
-    )
-    entry: dict[str, Any] = field(default_factory=dict)  # of ComfyUI's history
-    outputs: list[Output] = field(default_factory=list)
-    answer_file: Output | None = None  # whose bytes are the answer
-    percent: float = 0.0  # of its progress, as far as it was told
-    stopped: JobError | None = None  # the error of `stop`
-    warnings: list[str] = field(default_factory=list)
 
-    @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Adds the milliseconds that the block took to the timing of that name."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.timings[name] += (time.monotonic() - start) * 1000
+def _parse_finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text:.20} is no number that JSON has")
+    return number
 
-    def tell(self, event: str, **about: Any) -> None:
-        """Tells who listens what becomes of the job."""
-        if self.on_event:
-            self.on_event(event, about)
+
+def map_strings(
+    value: Any, change: Callable[[str], Any], max_depth: int = 2 * MAX_JSON_DEPTH
+) -> Any:
+    """A copy of the JSON value, each string in it changed; RecursionError if it nests deeper."""
+    if not max_depth:
+        raise RecursionError(f"it is nested more than {MAX_JSON_DEPTH} deep")
+    if isinstance(value, dict):
+        return {name: map_strings(each, change, max_depth - 1) for name, each in value.items()}
+    if isinstance(value, list):
+        return [map_strings(each, change, max_depth - 1) for each in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def fill_random_ints(value: Any) -> Any:
+    """A copy of the value with fresh integers in 0 … 2³²-1 in place of __RANDOM_INT__.
+
+    A string that is nothing else becomes an integer; within a longer string it becomes text.
+    """
+
+    def fill(text: str) -> str | int:
+        if text == RANDOM_INT:
+            return random.getrandbits(32)
+        return re.sub(RANDOM_INT, lambda _: str(random.getrandbits(32)), text)
+
+    return map_strings(value, fill)
+
+
+def read_graph(graph: Any) -> Graph:
+    """A copy of the graph, random numbers filled in; ValueError where it is not in API format.
+
+    ComfyUI would answer some malformed graphs with 500.
+    """
+    if not isinstance(graph, dict):
+        raise ValueError("has to be an object of nodes in ComfyUI's API format, and no text")
+    if isinstance(graph.get("nodes"), list):
+        raise invalid(
+            "the workflow is in the editor's own format;"
+            " in ComfyUI, use Workflow > Export (API) and send that",
+            "editor_format",
+        )
+    for node_id, node in graph.items():
+        _check_node(node_id, node)
+    return {node_id: fill_random_ints(node) for node_id, node in graph.items()}
+
+
+def _check_node(node_id: str, node: Any) -> None:
+    class_type = node.get("class_type") if isinstance(node, dict) else None
+    if not isinstance(class_type, str) or not 0 < len(class_type) < 1000:
+        hint = ""
+        if node_id == "prompt":
+            hint = "; of a body for ComfyUI's /prompt, send what is in its prompt"
+        raise ValueError(
+            f"is not in API format: node {node_id!r} has to have a class_type (a string){hint}"
+        )
+    if not isinstance(node.get("inputs"), dict):
+        raise ValueError(f"is not in API format: node {node_id!r} has to have inputs (an object)")
+
+
+def read_modifications(value: Any) -> JsonObject:
+    """A copy of the object, random numbers filled in."""
+    return dict(fill_random_ints(read_object(value)))
+
+
+def read_accept(value: Any) -> str:
+    """The first range of an Accept header that the worker can answer with, weights ignored.
+
+    JSON's, where there is none.
+    """
+    for each in read_text(value).lower().split(","):
+        media_range = each.partition(";")[0].strip()
+        if media_range in ("*/*", JSON):
+            break
+        is_media = re.fullmatch(r"(image|video|audio)/[\w.+*-]+", media_range)
+        if is_media or media_range in (EVENT_STREAM, BYTES):
+            return str(media_range)
+    return JSON
+
+
+def _field(read: Reader, **default: Any) -> Any:
+    return field(metadata={"read": read}, **default)
+
+
+@dataclass(frozen=True, repr=False)  # it holds secrets, which a repr would show
+class Request:
+    """What was asked, checked once and never changed.
+
+    The fields with a reader are those of the request's `input`, under the same names.
+    """
+
+    modifier: str = _field(read_text, default="")
+    modifications: JsonObject = _field(read_modifications, default_factory=dict)
+    workflow_json: Graph = _field(read_graph, default_factory=dict)
+    return_outputs_as_base64: bool = _field(read_flag, default=False)
+    output_format: str = _field(pattern_reader("webp|jpeg", "webp or jpeg"), default="")
+    output_quality: int = _field(number_reader(1, 100, int), default=90)
+    accept: str = _field(read_accept, default=JSON)  # the media range to answer with
+    prefer: str = _field(read_text, default="")
+    extra_params: JsonObject = field(default_factory=dict)  # of the webhook
+    settings: Settings = field(default_factory=Settings)  # the operator's, under the request's own
+    overridden: frozenset[str] = frozenset()  # the names of settings that the request changed
 
     @property
     def is_async(self) -> bool:
         """Whether the answer is to come before the job has run (RFC 7240)."""
-        return any(
-            each.partition(";")[0].strip() == "respond-async"
-            for each in self.prefer.lower().split(",")
-        )
+        preferences = [each.partition(";")[0].strip() for each in self.prefer.lower().split(",")]
+        return "respond-async" in preferences
+
+    @property
+    def wants_events(self) -> bool:
+        """Whether the answer is an event stream."""
+        return self.accept == EVENT_STREAM and not self.is_async
+
+    @property
+    def wants_file(self) -> bool:
+        """Whether the answer is the bytes of one output."""
+        return self.accept not in (JSON, EVENT_STREAM)
+
+    def is_public_only(self, setting: str) -> bool:
+        """Whether that setting, a URL, is the request's and may not lead to a private address."""
+        return setting in self.overridden and not self.settings.allow_private_addresses
+
+
+ID_READERS = {
+    # It becomes a part of an S3 key.
+    "request_id": pattern_reader(
+        r"(?!\.)[A-Za-z0-9._-]{1,128}",
+        "a string of 1 to 128 characters out of A-Z a-z 0-9 . _ - and not start with a dot",
+    ),
+}
+REQUEST_READERS = {
+    each.name: each.metadata["read"] for each in fields(Request) if "read" in each.metadata
+}
+# Fields that are over a setting of the operator: one that does not exist is a KeyError here.
+OVERRIDE_READERS = {"comfy_org_api_key": SETTING_READERS["comfy_org_api_key"]}
+S3_READERS = {
+    name: SETTING_READERS[f"s3_{name}"]
+    for name in ("access_key_id", "secret_access_key", "endpoint_url", "region")
+}
+# An ARN in a bucket's place would choose another endpoint.
+S3_READERS["bucket_name"] = pattern_reader(
+    r"[A-Za-z0-9._-]{3,255}", "the name of a bucket, 3 to 255 of A-Z a-z 0-9 . _ -"
+)
+WEBHOOK_READERS = {
+    name: SETTING_READERS[f"webhook_{name}"] for name in ("url", "timeout", "secret")
+}
+WEBHOOK_READERS["extra_params"] = read_object
+GROUPS = {"s3": S3_READERS, "webhook": WEBHOOK_READERS}
+INPUT_FIELDS = {*ID_READERS, *REQUEST_READERS, *OVERRIDE_READERS, *GROUPS}
+
+
+class Message(NamedTuple):
+    """Something that a waiting or running job has to know; most are ComfyUI's, with its data."""
+
+    type: str
+    data: JsonObject = {}  # noqa: RUF012  # never changed
+
+
+SILENCE = Message("silence")  # there was no message for as long as the job waited
+TURN = Message("turn")  # the job is the first in the queue
+MOVED = Message("moved")  # the queue has moved
+ABORT = Message("abort")  # the job has to end
+
+
+@dataclass(repr=False, eq=False)
+class Job:
+    """What becomes of a request on its way to its answer."""
+
+    id: str | None = None  # the request's; None while its body is not read
+    request: Request = field(default_factory=Request)
+    connection: socket.socket | None = None  # the client's
+    on_event: Callable[[str, JsonObject], None] | None = None  # takes an event's name and data
+    on_accepted: Callable[[], None] | None = None  # called when the job has its place in the queue
+    received_at: float = field(default_factory=time.time)
+    timings: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMINGS, 0.0))
+    warnings: list[str] = field(default_factory=list)
+    workflow: Graph = field(default_factory=dict)  # as it is run; empty until it is built
+    prompt_id: str = field(default_factory=lambda: str(uuid4()))
+    inbox: queue.SimpleQueue[Message] = field(default_factory=queue.SimpleQueue)
+    abort_error: JobError | None = None
+    is_accepted: bool = False  # it had a place in the queue, so its webhook is owed
+    has_turn: bool = False  # on the GPU
+    submitted: Event = field(default_factory=Event)  # or it never will be
+    percent: float = 0.0  # of its progress, as far as it was told
+    history: JsonObject = field(default_factory=dict)  # ComfyUI's entry for the prompt
+    outputs: list[Output] = field(default_factory=list)
+    answer_file: Output | None = None  # the output whose bytes are the answer
+    answer_preview: str = ""  # what /view converts that file to; empty: nothing
+
+    @property
+    def settings(self) -> Settings:
+        """The operator's settings, under those of the request."""
+        return self.request.settings
 
     @property
     def files(self) -> list[Output]:
         """The outputs that are files."""
         return [output for output in self.outputs if "filename" in output]
 
-    def distrusts(self, setting: str) -> bool:
-        """Whether that setting, a URL, came with the request and may lead to public addresses only."""
-        return setting in self.chosen and not self.settings.allow_private_addresses
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the milliseconds that the block takes to the timing of that name."""
+        start = monotonic()
+        try:
+            yield
+        finally:
+            self.timings[name] += (monotonic() - start) * 1000
 
-    def stop(self, error: JobError) -> None:
+    def notify(self, event: str, **data: Any) -> None:
+        """Tells the client that listens, if one does, what becomes of the job."""
+        if self.on_event:
+            self.on_event(event, data)
+
+    def abort(self, error: JobError) -> None:
         """Ends a waiting or running job with that error; a running prompt is interrupted."""
-        self.stopped = error
-        self.inbox.put({"type": "stop", "error": error})
+        self.abort_error = error
+        self.inbox.put(ABORT)
 
-    def next_message(self, seconds: float | None = None) -> Message | None:
-        """The next message for the job, None when there was none for so long; raises the error of `stop`."""
+    def next_message(self, seconds: float | None = None) -> Message:
+        """The next message, SILENCE if there is none for so long; raises the error of `abort`."""
         try:
             message = self.inbox.get(timeout=seconds)
         except queue.Empty:
-            return None
-        if "error" in message:
-            raise message["error"]
+            return SILENCE
+        if message is ABORT and self.abort_error:
+            raise self.abort_error
         return message
 
 
-def parse_request(body: bytes) -> dict[str, Any]:
-    """The request: {"input": {…}}, or what has that in the serverless envelope's "payload"; 400 otherwise."""
-    if not body.strip():
-        raise invalid('the body is empty; send JSON: {"input": {"workflow_json": {...}}}')
-    if sum(body.count(each) for each in (b",", b"[", b"{")) > MAX_JSON_VALUES:
-        raise invalid(f"the body has more than {MAX_JSON_VALUES} values")
+def read_request(job: Job, body: JsonObject, headers: dict[str, str], settings: Settings) -> None:
+    """Sets the job's id and request, request over headers, over the operator's settings.
+
+    body: {"input": {…}}. headers: "accept" and "prefer". Raises JobError where a rule is broken,
+    once the id and the warnings are set, which an answer to that shows too.
+    """
+    job.id = str(uuid4())
+    given = body["input"]
+    unknown = _unknown(given, INPUT_FIELDS)
     try:
-        value = json.loads(body, parse_constant=_finite, parse_float=_finite)
-        json.dumps(
-            change_text(value, str, MAX_JSON_DEPTH), ensure_ascii=False
-        ).encode()  # halves of surrogate pairs
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise invalid(f"the body is not JSON that can be read: {error}") from None
-    if isinstance(value, dict) and isinstance(value.get("payload"), dict):
-        value = value["payload"]
-    if not isinstance(value, dict) or not isinstance(value.get("input"), dict):
-        raise invalid(
-            'the body has to be a JSON object with the job in "input": {"input": {"workflow_json": {...}}}'
-        )
-    return dict(value)
-
-
-def _finite(text: str) -> float:
-    if not float("-inf") < float(text) < float("inf"):  # as NaN is not either
-        raise ValueError(f"{text:.20} is no number that JSON has")
-    return float(text)
-
-
-def change_text(value: Any, change: Callable[[str], Any], depth: int = 2 * MAX_JSON_DEPTH) -> Any:
-    """A copy of the JSON value with what `change` makes of each text in it; RecursionError where it nests deeper."""
-    if not depth:
-        raise RecursionError(f"it is nested more than {MAX_JSON_DEPTH} deep")
-    if isinstance(value, dict):
-        return {name: change_text(each, change, depth - 1) for name, each in value.items()}
-    if isinstance(value, list):
-        return [change_text(each, change, depth - 1) for each in value]
-    return change(value) if isinstance(value, str) else value
-
-
-def fill_random(value: Any) -> Any:
-    """A copy of the value, its placeholders replaced by fresh integers in 0 … 2³²-1, as text where they are in text."""
-
-    def fill(text: str) -> str | int:
-        whole = text == RANDOM_INT
-        return (
-            random.getrandbits(32)
-            if whole
-            else re.sub(RANDOM_INT, lambda _: str(random.getrandbits(32)), text)
-        )
-
-    return change_text(value, fill)
-
-
-def read_graph(graph: Any) -> Graph:
-    """The graph, random numbers filled in, if ComfyUI can be asked to run it: it answers some of the rest with 500."""
-    if not isinstance(graph, dict):
-        raise ValueError("has to be an object of nodes in ComfyUI's API format, and no text")
-    if isinstance(graph.get("nodes"), list):
-        message = "the workflow is in the editor's own format; in ComfyUI, use Workflow > Export (API) and send that"
-        raise invalid(message, "editor_format")
-    for node_id, node in graph.items():
-        kind = node.get("class_type") if isinstance(node, dict) else None
-        if not isinstance(kind, str) or not 0 < len(kind) < 1000:
-            hint = (
-                "; of a body for ComfyUI's /prompt, send what is in its prompt"
-                if node_id == "prompt"
-                else ""
-            )
-            raise ValueError(
-                f"is not in API format: node {node_id!r} has to have a class_type (a string){hint}"
-            )
-        if not isinstance(node.get("inputs"), dict):
-            raise ValueError(
-                f"is not in API format: node {node_id!r} has to have inputs (an object)"
-            )
-    return {node_id: fill_random(node) for node_id, node in graph.items()}
-
-
-REQUEST_ID_WORDS = (
-    "a string of 1 to 128 characters out of A-Z a-z 0-9 . _ - and not start with a dot"
-)
-BUCKET_WORDS = (
-    "the name of a bucket, 3 to 255 of A-Z a-z 0-9 . _ -"  # an ARN would choose another endpoint
-)
-GROUPS = {"s3": read_object, "webhook": read_object}
-OVERRIDES = {  # field of a request: the setting that it is over
-    **{
-        f"s3.{name}": f"s3_{name}"
-        for name in ("access_key_id", "secret_access_key", "endpoint_url", "bucket_name", "region")
-    },
-    **{f"webhook.{name}": f"webhook_{name}" for name in ("url", "timeout", "secret")},
-    "comfy_org_api_key": "comfy_org_api_key",
-}
-FIELDS: dict[str, Reader] = {  # of a request's input
-    "request_id": matching(
-        r"(?!\.)[A-Za-z0-9._-]{1,128}", REQUEST_ID_WORDS
-    ),  # it becomes a part of an S3 key
-    "modifier": read_text,
-    "modifications": lambda value: fill_random(read_object(value)),
-    "workflow_json": read_graph,
-    "webhook.extra_params": read_object,
-    "return_outputs_as_base64": read_flag,
-    "output_format": matching("webp|jpeg", "webp or jpeg"),
-    "output_quality": number(1, 100, int),
-    "accept": read_text,
-    "prefer": read_text,
-    **{
-        name: Settings.__dataclass_fields__[setting].metadata["read"]
-        for name, setting in OVERRIDES.items()
-    },
-    "s3.bucket_name": matching(r"[A-Za-z0-9._-]{3,255}", BUCKET_WORDS),
-}
-
-
-def read_job(job: Job) -> None:
-    """Fills the job with what its request asks for, request over environment; 400 where a rule is broken."""
-    request, job.request = (
-        job.request,
-        {},
-    )  # which may be large, and is not needed while the job waits
-    given = {name: value for name, value in request["input"].items() if "." not in name}
-    job.request_id = str(uuid.uuid4())
-    try:
-        vars(job).update(
-            read_fields(given, {"request_id": FIELDS["request_id"]})
-        )  # a refusal has it already
-        for group, inner in read_fields(given, GROUPS).items():
-            given |= {f"{group}.{name}": value for name, value in inner.items()}
-        known = read_fields(given, FIELDS)
+        job.id = read_fields(given, ID_READERS).get("request_id", job.id)
+        own = read_fields(given, OVERRIDE_READERS)
+        for group, readers in GROUPS.items():
+            inner = read_fields(given, {group: read_object}).get(group, {})
+            unknown += _unknown(inner, readers, f"{group}.")
+            for name, value in read_fields(inner, readers, f"{group}.").items():
+                own[f"{group}_{name}"] = value
+        values = read_fields(headers, REQUEST_READERS) | read_fields(given, REQUEST_READERS)
     except ValueError as error:
         raise invalid(str(error)) from None
-    unknown = [
-        name
-        for name in given
-        if given[name] not in BLANK and name not in FIELDS and name not in GROUPS
+    misplaced = [f"{name}, beside input," for name in body if name in INPUT_FIELDS]
+    for name in sorted(unknown) + misplaced:
+        job.warnings.append(f"{name:.50} is no field of a request; it was ignored")
+    _check_source(values, unknown)
+    extra_params = own.pop("webhook_extra_params", {})
+    settings, overridden = _override(settings, own)
+    values.setdefault("return_outputs_as_base64", not settings.s3_bucket_name)
+    job.request = Request(
+        extra_params=extra_params, settings=settings, overridden=overridden, **values
+    )
+    job.workflow = job.request.workflow_json
+    _check_webhook(job)
+
+
+def _unknown(given: JsonObject, known: Container[str], prefix: str = "") -> list[str]:
+    return [
+        f"{prefix}{name}"
+        for name, value in given.items()
+        if name not in known and value not in BLANK
     ]
-    unknown += [name for name in request["input"] if "." in name]
-    beside = [f"{name}, beside input," for name in request if name in FIELDS or name in GROUPS]
-    job.warnings = [
-        f"{name:.50} is no field of a request; it was ignored" for name in sorted(unknown) + beside
-    ]
-    if "modifications" in known and "workflow_json" in known and "modifier" not in known:
+
+
+def _check_source(values: JsonObject, unknown: list[str]) -> None:
+    """400 unless there is one modifier or one workflow."""
+    has_modifier, has_workflow = "modifier" in values, "workflow_json" in values
+    if has_workflow and not has_modifier and "modifications" in values:
         raise invalid(
-            "modifications go with a modifier; with workflow_json, put the values into the workflow itself"
+            "modifications go with a modifier;"
+            " with workflow_json, put the values into the workflow itself"
         )
-    if ("modifier" in known) == ("workflow_json" in known):
-        given_are = "both" if "modifier" in known else "neither"
+    if has_modifier == has_workflow:
+        found = "both" if has_modifier else "neither"
         misspelt = f"; unknown: {', '.join(unknown[:5]):.200}" if unknown else ""
         raise invalid(
-            f"give exactly one of modifier and workflow_json in input, not {given_are}{misspelt}"
+            f"give exactly one of modifier and workflow_json in input, not {found}{misspelt}"
         )
-    _override(job, {OVERRIDES[name]: known.pop(name) for name in OVERRIDES if name in known})
-    job.workflow, job.extra_params = (
-        known.pop("workflow_json", {}),
-        known.pop("webhook.extra_params", {}),
-    )
-    job.return_outputs_as_base64 = not job.settings.s3_bucket_name
-    vars(job).update(known)
-    job.accept = media_range(job.accept)
-    if job.accept != EVENT_STREAM:
-        job.on_event = None
-    if not job.settings.webhook_url and job.is_async:
-        raise invalid("Prefer: respond-async needs a webhook: give webhook.url, or set WEBHOOK_URL")
-    if not job.settings.webhook_url and (
-        job.extra_params or {"webhook_timeout", "webhook_secret"} & job.chosen
-    ):
-        job.warnings.append("no webhook is sent: neither webhook.url nor WEBHOOK_URL is set")
 
 
-def _override(job: Job, own: dict[str, Any]) -> None:
-    """Request over environment, field by field, except that keys come in pairs and secrets stay with their server."""
-    settings = job.settings
-    job.chosen = {name for name, value in own.items() if value != getattr(settings, name)}
+def _override(settings: Settings, own: JsonObject) -> tuple[Settings, frozenset[str]]:
+    """The settings with the request's own over them, and the names of those that it changed.
+
+    Keys come in pairs, and the operator's secrets only go to the operator's servers.
+    """
+    changed = {name for name, value in own.items() if value != getattr(settings, name)}
     if ("s3_access_key_id" in own) != ("s3_secret_access_key" in own):
         raise invalid(
             "s3.access_key_id and s3.secret_access_key come in pairs: give both or neither"
         )
-    if "webhook_url" in job.chosen:
+    if "webhook_url" in changed:
         own = {"webhook_secret": b"", **own}
-    job.settings = replace(settings, **own)
-    if any(name.startswith("s3_") for name in own) and not job.settings.s3_bucket_name:
+    result = replace(settings, **own)
+    if any(name.startswith("s3_") for name in own) and not result.s3_bucket_name:
         raise invalid("s3 needs a bucket: give s3.bucket_name, or set S3_BUCKET_NAME")
-    if "s3_access_key_id" not in own and "s3_endpoint_url" in job.chosen:
+    if "s3_endpoint_url" in changed and "s3_access_key_id" not in own:
         raise invalid("s3.endpoint_url needs its own s3.access_key_id and s3.secret_access_key")
-    if "s3_bucket_name" in job.chosen and not job.settings.s3_access_key_id:
+    if "s3_bucket_name" in changed and not result.s3_access_key_id:
         raise invalid(
-            "s3.bucket_name needs s3.access_key_id and s3.secret_access_key: this worker has no keys for it"
+            "s3.bucket_name needs s3.access_key_id and s3.secret_access_key:"
+            " this worker has no keys for it"
         )
+    return result, frozenset(changed)
 
 
-def media_range(accept: str) -> str:
-    """The first range of an Accept header that the worker can answer with, whatever its weight; else JSON's."""
-    for each in accept.lower().split(","):
-        name = each.partition(";")[0].strip()
-        if name in ("*/*", JSON):
-            break
-        if name in (EVENT_STREAM, BYTES) or re.fullmatch(r"(image|video|audio)/[\w.+*-]+", name):
-            return name
-    return JSON
+def _check_webhook(job: Job) -> None:
+    """400 where a webhook is needed and there is none; a warning where its fields are useless."""
+    request = job.request
+    if request.settings.webhook_url:
+        return
+    if request.is_async:
+        raise invalid("Prefer: respond-async needs a webhook: give webhook.url, or set WEBHOOK_URL")
+    if request.extra_params or {"webhook_timeout", "webhook_secret"} & request.overridden:
+        job.warnings.append("no webhook is sent: neither webhook.url nor WEBHOOK_URL is set")
 
 
 def seeds(graph: Graph) -> dict[str, int]:
     """Each node's literal seed, as it is run, by node id."""
-    found = {
-        id: node["inputs"].get("seed", node["inputs"].get("noise_seed"))
-        for id, node in graph.items()
-    }
-    return {id: seed for id, seed in found.items() if isinstance(seed, int)}
+    found = {}
+    for node_id, node in graph.items():
+        seed = node["inputs"].get("seed", node["inputs"].get("noise_seed"))
+        if isinstance(seed, int):
+            found[node_id] = seed
+    return found
 
 
-# Addresses and inputs #################################################################################################
+# Addresses and inputs #############################################################################
 
 CHUNK_BYTES = 1 << 16
-KEEP_SECONDS = 30  # ComfyUI closes a connection that has been idle for 75
-INPUT_SECONDS = 60  # without a byte of an input file
+# Without a byte; ComfyUI lists huge model folders while it checks a graph.
+HTTP_SECONDS = 60
+IDLE_SECONDS = 30  # that a connection is kept unused; ComfyUI closes it after 75
 MAX_REDIRECTS = 5
-AT_ONCE = 4  # files of one job on their way
-SOURCE = re.compile(
-    r"(?i)https?://|data:"
-)  # what an input that names a file begins with, if it is to be fetched
-MAGIC = re.compile(  # what the formats that ComfyUI loads begin with, by their extension
-    rb"(?P<png>\x89PNG)|(?P<jpg>\xff\xd8\xff)|(?P<gif>GIF8)|(?P<bmp>BM.{4}\0{4})|(?P<tiff>II\*\0|MM\0\*)"
-    rb"|(?P<webp>RIFF.{4}WEBP)|(?P<wav>RIFF.{4}WAVE)|(?P<avi>RIFF.{4}AVI )|(?P<avif>.{4}ftypavi)|(?P<mov>.{4}ftypqt)"
-    rb"|(?P<m4a>.{4}ftypM4A)|(?P<mp4>.{4}ftyp)|(?P<webm>\x1aE\xdf\xa3)|(?P<flac>fLaC)|(?P<ogg>OggS)"
-    rb"|(?P<mp3>ID3|\xff[\xfb\xf3\xf2])|(?P<glb>glTF)",
+PARALLEL_FILES = 4  # of one job
+# How an input begins that may name a file to fetch.
+FILE_SOURCE = re.compile(r"(?i)https?://|data:")
+# What the formats that ComfyUI loads begin with; a group's name is the extension.
+MAGIC = re.compile(
+    rb"(?P<png>\x89PNG)|(?P<jpg>\xff\xd8\xff)|(?P<gif>GIF8)|(?P<bmp>BM.{4}\0{4})"
+    rb"|(?P<tiff>II\*\0|MM\0\*)|(?P<webp>RIFF.{4}WEBP)|(?P<wav>RIFF.{4}WAVE)|(?P<avi>RIFF.{4}AVI )"
+    rb"|(?P<avif>.{4}ftypavi)|(?P<mov>.{4}ftypqt)|(?P<m4a>.{4}ftypM4A)|(?P<mp4>.{4}ftyp)"
+    rb"|(?P<webm>\x1aE\xdf\xa3)|(?P<flac>fLaC)|(?P<ogg>OggS)|(?P<mp3>ID3|\xff[\xfb\xf3\xf2])"
+    rb"|(?P<glb>glTF)",
     re.DOTALL,
 )
-V6_PUBLIC = ipaddress.ip_network("2000::/3")  # all that IANA has given out
-V4_IN_V6 = [
-    ipaddress.ip_network(each) for each in ("::ffff:0:0/96", "64:ff9b::/96")
-]  # mapped, and NAT64's
-SPECIAL = "192.0.0.0/24 192.88.99.0/24 224.0.0.0/4 2001::/23 2002::/16 3fff::/20"  # that is_global lets through
-SPECIAL_RANGES = [ipaddress.ip_network(each) for each in SPECIAL.split()]
+V6_PUBLIC = ip_network("2000::/3")  # all that IANA has given out
+V4_IN_V6 = [ip_network(each) for each in ("::ffff:0:0/96", "64:ff9b::/96")]
+# Ranges that are not for everyone, although ipaddress calls them global.
+SPECIAL_RANGES = [
+    ip_network(each)
+    for each in "192.0.0.0/24 192.88.99.0/24 224.0.0.0/4 2001::/23 2002::/16 3fff::/20".split()
+]
 
 
 def is_public(address: str) -> bool:
     """Whether the IP address is one of the public Internet."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if any(ip in each for each in V4_IN_V6):
-        return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+    ip = ip_address(address.partition("%")[0])
+    if any(ip in each for each in V4_IN_V6):  # mapped IPv4, and NAT64
+        return is_public(str(IPv4Address(int(ip) & 0xFFFFFFFF)))
     is_routed = ip.is_global and (ip.version == 4 or ip in V6_PUBLIC)
     return is_routed and not any(ip in each for each in SPECIAL_RANGES)
 
 
-def public_places(host: str, port: int) -> list[Any]:
-    """The socket addresses of the host; PermissionError where one of them is not public."""
-    places = [each[4] for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    for place in places:
-        if not is_public(str(place[0])):
+def public_addresses(host: str, port: int) -> list[Any]:
+    """The host's socket addresses; PermissionError where one of them is not public."""
+    found = [each[4] for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    for address in found:
+        if not is_public(str(address[0])):
             raise PermissionError(
-                f"{host} leads to {place[0]}, and URLs in requests may lead to public addresses only"
-                " (the operator can lift this with ALLOW_PRIVATE_ADDRESSES=true)"
+                f"{host} leads to {address[0]}, and URLs in requests may lead to public addresses"
+                " only (the operator can lift this with ALLOW_PRIVATE_ADDRESSES=true)"
             )
-    return places
+    return found
 
 
-def check_public(name: str, url: str, has_time: bool) -> None:
-    """400 where the URL leads to an address that is not public, or nowhere, unless it `has_time` to lead to one."""
-    parts = urllib.parse.urlsplit(url)
+def check_public(name: str, url: str, must_resolve: bool) -> None:
+    """400 where the URL leads to an address that is not public, or nowhere if it must resolve."""
+    parts = urlsplit(url)
     try:
-        public_places(parts.hostname or "", parts.port or 443)
+        public_addresses(parts.hostname or "", parts.port or 443)
     except (OSError, UnicodeError) as error:
-        if isinstance(error, PermissionError) or not has_time:
+        if isinstance(error, PermissionError) or must_resolve:
             raise invalid(f"{name}: {error}") from None
 
 
-def _connect_publicly(address: tuple[str, int], timeout: float, *_: Any) -> socket.socket:
-    """As socket.create_connection, to what was checked: a second look-up could lead elsewhere."""
-    for place in public_places(*address):
-        with contextlib.suppress(OSError):
-            return socket.create_connection(place[:2], timeout)
+def _connect_public(address: tuple[str, int], timeout: float, *_: Any) -> socket.socket:
+    """As socket.create_connection, to the very address that was checked.
+
+    A second look-up of the name could lead elsewhere.
+    """
+    for each in public_addresses(*address):
+        with suppress(OSError):  # the next address may answer
+            return socket.create_connection(each[:2], timeout)
     raise ConnectionError(f"{address[0]} does not answer")
 
 
-class WholeResponse(http.client.HTTPResponse):
-    """One that notices when its body is cut short, which `read` with a size ends in silence otherwise."""
+class CheckedResponse(HTTPResponse):
+    """A response that notices when its body is cut short; http.client ends it in silence."""
 
     def read(self, amt: int | None = None) -> bytes:
-        """At most `amt` bytes, or all that is left; raises ConnectionError or http.client.IncompleteRead."""
+        """At most `amt` bytes, or the rest; ConnectionError or IncompleteRead where it is cut."""
         chunk = super().read(amt)
         if amt is not None and len(chunk) < amt and self.length:
             raise ConnectionError(f"the answer ended {self.length} bytes early")
         return chunk
 
 
-def connect(url: str, seconds: float, is_public_only: bool = False) -> http.client.HTTPConnection:
-    """A connection to the URL's server, made directly, whatever proxy the environment names; raises CONNECTION_LOST."""
-    parts = urllib.parse.urlsplit(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname or "", parts.port or kind.default_port, timeout=seconds)
-    connection.response_class = WholeResponse
-    if is_public_only:
-        connection._create_connection = _connect_publicly  # type: ignore[attr-defined]  # TLS comes on top of it
+def connect(url: str, timeout: float, is_public_only: bool = False) -> HTTPConnection:
+    """A connection to the URL's server, past any proxy of the environment; see CONNECTION_LOST."""
+    parts = urlsplit(url)
+    is_https = parts.scheme == "https"
+    kind = HTTPSConnection if is_https else HTTPConnection
+    connection = kind(parts.hostname or "", parts.port or kind.default_port, timeout=timeout)
+    connection.response_class = CheckedResponse
+    if is_public_only:  # TLS comes on top of it
+        connection._create_connection = _connect_public  # type: ignore[attr-defined]
     connection.connect()
     return connection
 
 
-Kept = list[
-    tuple[float, http.client.HTTPConnection]
-]  # connections to one server, and when each was used
+class ConnectionPool:
+    """Idle connections to one server: ComfyUI takes 0.2 ms to accept a new one."""
+
+    def __init__(self) -> None:
+        self._idle: list[tuple[float, HTTPConnection]] = []
+
+    def take(self, timeout: float) -> HTTPConnection | None:
+        """The connection that was used last; None where there is none, or it is too old."""
+        try:
+            used_at, connection = self._idle.pop()
+        except IndexError:
+            return None
+        if not connection.sock or monotonic() - used_at > IDLE_SECONDS:
+            return None
+        connection.sock.settimeout(timeout)
+        return connection
+
+    def give_back(self, connection: HTTPConnection) -> None:
+        """Keeps the connection for the next one who asks."""
+        self._idle.append((monotonic(), connection))
+
+    def clear(self) -> None:
+        """Forgets all connections: their server has gone."""
+        self._idle.clear()
 
 
-@contextlib.contextmanager
-def request(
+@contextmanager
+def http_exchange(
     url: str,
-    seconds: float,
+    timeout: float = HTTP_SECONDS,
     body: bytes | Iterable[bytes] | None = None,
     headers: Mapping[str, str] = {},
-    kept: Kept | None = None,
+    pool: ConnectionPool | None = None,
     is_public_only: bool = False,
-) -> Iterator[http.client.HTTPResponse]:
-    """The answer to a GET, or where there is a body a POST, whatever its status; redirects are not followed.
+) -> Iterator[HTTPResponse]:
+    """The response to a GET, or to a POST where there is a body, whatever its status.
 
-    body: JSON, or pieces of what the headers describe. `kept` lends a connection, if it has one, and gets it back:
-    ComfyUI takes 0.2 ms to accept a new one.
+    body: JSON, or pieces of what the headers describe. timeout: seconds without a byte. Redirects
+    are not followed. Raises CONNECTION_LOST.
     """
-    parts = urllib.parse.urlsplit(url)
-    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    parts = urlsplit(url)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     headers = {"User-Agent": f"ComfyUI-PyWorker/{__version__}", **headers}
-    if isinstance(body, bytes):  # sent in pieces: a time-out covers all that is sent at once
+    if isinstance(body, bytes):
         headers |= {"Content-Type": JSON, "Content-Length": str(len(body))}
-        body = io.BytesIO(body)
-    connection = _reuse(kept or [], seconds) or connect(url, seconds, is_public_only)
-    with contextlib.ExitStack() as stack:
+        body = io.BytesIO(body)  # sent in pieces: a time-out covers all that is sent at once
+    connection = pool.take(timeout) if pool else None
+    connection = connection or connect(url, timeout, is_public_only)
+    with ExitStack() as stack:
         stack.callback(connection.close)
-        connection.request("GET" if body is None else "POST", path, body, headers)
+        connection.request("GET" if body is None else "POST", target, body, headers)
         response = connection.getresponse()
         yield response
-        if kept is not None and response.length == 0 and not response.will_close:
-            kept.append((time.monotonic(), connection))
-            stack.pop_all()
+        if pool and response.length == 0 and not response.will_close:
+            pool.give_back(connection)
+            stack.pop_all()  # it stays open
 
 
-def _reuse(kept: Kept, seconds: float) -> http.client.HTTPConnection | None:
-    with contextlib.suppress(IndexError):
-        used_at, connection = kept.pop()
-        if connection.sock and time.monotonic() - used_at < KEEP_SECONDS:
-            connection.sock.settimeout(seconds)
-            return connection
-    return None
+@contextmanager
+def open_source(source: str, is_public_only: bool) -> Iterator[Any]:
+    """The file behind an http(s) URL or a data: URI, with `read` and `headers`.
 
-
-@contextlib.contextmanager
-def _open(source: str, is_public_only: bool) -> Iterator[Any]:
+    Raises CONNECTION_LOST, and ValueError where there is no file.
+    """
     if source[:5].lower() == "data:":
         head, _, data = source.partition(",")
-        if head.endswith(";base64") and not re.fullmatch(
-            r"[A-Za-z0-9+/=%\s]*", data
-        ):  # the rest would be left out
+        # The decoder would leave other characters out.
+        if head.endswith(";base64") and not re.fullmatch(r"[A-Za-z0-9+/=%\s]*", data):
             raise ValueError("its base64 has other characters in it")
-        yield urllib.request.DataHandler().data_open(urllib.request.Request(source))
+        yield DataHandler().data_open(UrlRequest(source))
         return
     for _ in range(MAX_REDIRECTS + 1):
         if not is_url(source):
-            raise ValueError(f"it is not {URL_WORDS}")
-        with request(source, INPUT_SECONDS, is_public_only=is_public_only) as answer:
-            if answer.status == 200:
-                yield answer
+            raise ValueError(f"it is not {URL_EXPECTED}")
+        with http_exchange(source, is_public_only=is_public_only) as response:
+            if response.status == 200:
+                yield response
                 return
-            if answer.status not in (301, 302, 303, 307, 308):
-                raise ValueError(f"its server answered with {answer.status}")
-            source = urllib.parse.urljoin(source, answer.headers.get("Location", ""))
+            if response.status not in (301, 302, 303, 307, 308):
+                raise ValueError(f"its server answered with {response.status}")
+            source = urljoin(source, response.headers.get("Location", ""))
     raise ValueError("it redirects too often")
 
 
-def fetch(job: Job, source: str) -> tuple[BinaryIO, str]:
-    """The file behind an http(s) URL or a data: URI, on disk, and a name for it: its SHA-256 and an extension.
+def download(job: Job, source: str) -> tuple[BinaryIO, str]:
+    """The file behind the source, on disk, and a name for it: its SHA-256 and an extension.
 
-    Raises JobError: input_unavailable, also above MAX_INPUT_BYTES, or the error of `job.stop`.
+    Raises JobError: input_unavailable, also above MAX_INPUT_BYTES, or the error of `job.abort`.
     """
-    limit = job.settings.max_input_bytes
-    file, digest = tempfile.TemporaryFile(), hashlib.sha256()  # noqa: SIM115
-    shown = re.sub(
-        "//[^/]*@", "//", re.split("[?,]", source)[0]
-    )  # without passwords, signatures and data
+    file = tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
+    shown = re.split("[?,]", source)[0]  # without signatures and data
+    shown = re.sub("//[^/]*@", "//", shown)  # without passwords
     try:
-        with _open(source, not job.settings.allow_private_addresses) as answer:
-            for chunk in iter(
-                lambda: b"" if job.stopped or file.tell() > limit else answer.read(CHUNK_BYTES), b""
-            ):
-                digest.update(chunk)
-                file.write(chunk)
-            mimetype = answer.headers.get_content_type()
-        if job.stopped:
-            raise job.stopped
-        if file.tell() > limit:
-            raise ValueError(f"it has more than the {limit} bytes of MAX_INPUT_BYTES")
-        if mimetype == "text/html" or not file.tell():
-            raise ValueError("it is a web page, and no file" if file.tell() else "it is empty")
+        with open_source(source, not job.settings.allow_private_addresses) as opened:
+            digest = _copy(opened, file, job)
+            mimetype = opened.headers.get_content_type()
+        if not file.tell():
+            raise ValueError("it is empty")
+        if mimetype == "text/html":
+            raise ValueError("it is a web page, and no file")
     except (*CONNECTION_LOST, ValueError) as error:
         raise invalid(
             f"the input {shown:.200} cannot be had: {error}", "input_unavailable"
         ) from None
     file.seek(0)
-    return file, digest.hexdigest() + _extension(file.read(16), mimetype, shown)
+    return file, digest + _extension(file.read(16), mimetype, shown)
+
+
+def _copy(opened: Any, file: BinaryIO, job: Job) -> str:
+    """Copies what was opened into the file; returns its SHA-256."""
+    digest, limit = hashlib.sha256(), job.settings.max_input_bytes
+    while chunk := opened.read(CHUNK_BYTES):
+        digest.update(chunk)
+        file.write(chunk)
+        if job.abort_error:
+            raise job.abort_error
+        if file.tell() > limit:
+            raise ValueError(f"it has more than the {limit} bytes of MAX_INPUT_BYTES")
+    return digest.hexdigest()
 
 
 def _extension(head: bytes, mimetype: str, url: str) -> str:
+    """The extension that the file's first bytes, its type or its URL tell, in this order."""
     if found := MAGIC.match(head):
         return f".{found.lastgroup}"
-    told = mimetypes.guess_extension(mimetype) if mimetype != "application/octet-stream" else None
-    return told or "".join(re.findall(r"(?a)\.\w{1,12}$", url))
+    known = mimetypes.guess_extension(mimetype) if mimetype != BYTES else None
+    return known or "".join(re.findall(r"(?a)\.\w{1,12}$", url))
 
 
-def at_once(action: Callable[[Any], Any], items: list[Any]) -> list[Any]:
-    """What the action makes of each item, a few of them at a time; raises the error of the first that fails."""
-    if len(items) < 2:
-        return [action(each) for each in items]
-    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(action, items))
+# ComfyUI: what it says, in words ##################################################################
 
-
-# ComfyUI ##############################################################################################################
-
-OLDEST_COMFYUI = (0, 3, 45)  # July 2025: the first one that lets the caller choose the prompt id
-HTTP_SECONDS = (
-    60  # for an answer of ComfyUI, which lists huge model folders while it checks a graph
-)
-PROBE_SECONDS = 0.8  # below the one second that Kubernetes grants a probe
-PROBE_EVERY_SECONDS = 1
-FLAP_SECONDS = 10  # a failure shorter than this is not worth taking a worker out of rotation
-RECONNECT_SECONDS = 0.5
-SILENCE_SECONDS = 10  # without a message for so long, history and queue are looked up
-LOOK_UP_TIMEOUT_SECONDS = 10  # a ComfyUI that keeps silent for so long counts as away
-LOOK_UP_SECONDS = 1  # between look-ups of a prompt that no connection tells about
-FAULT = re.compile(  # the errors after which, in the words of CUDA's documentation, the process must be relaunched
-    r"(CUDA|HIP) error: (an illegal|device-side assert|unspecified launch|misaligned|invalid program counter|hardware"
-    r"|the launch timed|uncorrectable|operation not supported on global)|.* error: \w+_EXECUTION_FAILED"
-)
-FILE = {
-    "filename": "",
-    "subfolder": "",
-    "type": "output",
-}  # what names a file to ComfyUI, and the defaults
+FILE = {"filename": "", "subfolder": "", "type": "output"}  # what names a file, and the defaults
 HINTS = {  # by the type of ComfyUI's refusal
     "prompt_no_outputs": "; add an output node that saves, such as SaveImage, and connect it",
     "invalid_prompt": "; check the spelling, or install the custom nodes that bring it",
 }
-
-
-@contextlib.contextmanager
-def understanding() -> Iterator[None]:
-    """Turns what reading an answer of unknown shape raises into the 502 comfyui_error."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise odd_answer(f"with something that makes no sense: {error!r}") from None
-
-
-def odd_answer(words: str) -> JobError:
-    """An answer of ComfyUI that no worker can use."""
-    return JobError(
-        502, "comfyui_error", f"ComfyUI answered {words}; is it ComfyUI, and what does its log say?"
-    )
-
-
-class ComfyUI:
-    """Everything that speaks to ComfyUI. One prompt is run at a time."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.url = settings.comfyui_api_base.rstrip("/")
-        self._about: dict[str, Any] = {
-            "url": self.url,
-            "version": None,
-            "device": None,
-            "vram_free": None,
-        }
-        self._classes: dict[
-            str, dict[str, Any]
-        ] = {}  # their inputs, asked for once in ComfyUI's life
-        self._kept: Kept = []
-        self._socket: websocket.WebSocket | None = None
-        self._client_id = ""  # of the websocket's connection; empty while there is none
-        self._job: Job | None = None
-        self._told_at = 0.0
-        self._was_up = False
-        self._failing_since = 0.0  # 0: it is in order
-        self._fault = ""  # the prompt that broke the GPU
-        self._probed_at = float("-inf")
-        self._probing = threading.Lock()
-
-    # what the platform asks
-
-    def state(self) -> str:
-        """'starting', 'ready', 'unreachable' or 'faulted', from what is known: nothing is asked."""
-        if not self._was_up or self._fault:
-            return "faulted" if self._fault else "starting"
-        # a job that runs on a live websocket is proof enough
-        return (
-            "unreachable"
-            if self._away() > FLAP_SECONDS and not (self._job and self._client_id)
-            else "ready"
-        )
-
-    @property
-    def is_beyond_hope(self) -> bool:
-        """Whether only a restart will help: its GPU is broken, or it has been away longer than any job waits for it."""
-        is_gone = (
-            self._was_up
-            and not self._client_id
-            and self._away() > self.settings.comfyui_return_timeout
-        )
-        return bool(self._fault) or is_gone
-
-    def _away(self) -> float:
-        return time.monotonic() - self._failing_since if self._failing_since else 0
-
-    def _note_failure(self) -> float:
-        """Since when ComfyUI has been away, which is now if it was not before."""
-        self._failing_since = since = self._failing_since or time.monotonic()
-        return since
-
-    def describe(self) -> dict[str, Any]:
-        """url, version, device and vram_free (bytes), asked for once a second at most, for all who probe."""
-        with self._probing:
-            if time.monotonic() - self._probed_at >= PROBE_EVERY_SECONDS:
-                try:
-                    self._ask_about(PROBE_SECONDS)
-                except (*CONNECTION_LOST, JobError):
-                    self._note_failure()
-                self._probed_at = time.monotonic()
-        return self._about
-
-    @understanding()
-    def _ask_about(self, seconds: float) -> None:
-        stats = self._get("/system_stats", seconds)
-        version, device = stats["system"].get("comfyui_version"), stats["devices"][0]
-        about = {
-            "version": version,
-            "device": device.get("name"),
-            "vram_free": device.get("vram_free"),
-        }
-        self._about = {"url": self.url, **about}
-
-    def clear_cache(self) -> None:
-        """Has ComfyUI forget what it has made, and unload its models."""
-        with contextlib.suppress(
-            *CONNECTION_LOST
-        ):  # of one that has died there is nothing to clear
-            self._exchange("/free", {"free_memory": True})
-
-    # the websocket
-
-    def listen(self) -> None:
-        """Keeps the websocket connected and drained, for ever."""
-        pause, trouble, limit, is_given_up = (
-            threading.Event(),
-            "",
-            self.settings.comfyui_return_timeout,
-            False,
-        )
-        while True:
-            try:
-                self._follow()
-            except (
-                Exception
-            ) as error:  # whatever a server sends, somebody has to listen to the next one
-                verb = "lost the connection to" if self._client_id else "cannot reach"
-                if self._client_id or str(error) != trouble:
-                    log.warning("%s ComfyUI: %s", verb, error)
-                self._failing_since = (
-                    0 if self._client_id else self._failing_since
-                )  # by a probe that was slow
-                self._client_id, trouble = "", str(error)
-                self._kept.clear()
-                self._note_failure()
-                self._tell(self._job, "connection_lost")
-                if self.is_beyond_hope and not is_given_up and not self._fault:  # which was told of
-                    log.error("WORKER_ERROR: ComfyUI is not back in order after %g s", limit)
-                is_given_up = self.is_beyond_hope
-            pause.wait(RECONNECT_SECONDS)  # nobody tells when a server comes up
-
-    def _follow(self) -> None:
-        with contextlib.closing(self._connect()) as connection:
-            for frame in iter(connection.recv, ""):
-                self._hear(
-                    json.loads(frame) if isinstance(frame, str) else {}
-                )  # bytes are a preview
-        raise ConnectionError("ComfyUI closed the websocket")
-
-    def _hear(self, message: Any) -> None:
-        """Passes on what the job has to know: waking its thread for every message took 4 % of a short job's time."""
-        with contextlib.suppress(
-            AttributeError, KeyError, TypeError
-        ):  # custom nodes send what they like
-            job, kind, about = self._job, str(message["type"]), message["data"]
-            if job and about["prompt_id"] == job.prompt_id:
-                matters = (
-                    kind in ("execution_start", "execution_error") or about.get("node", "") is None
-                )
-                # the rest shows now and then that the connection lives
-                if (
-                    matters
-                    or job.on_event
-                    or time.monotonic() - self._told_at > SILENCE_SECONDS / 2
-                ):
-                    self._tell(job, kind, about)
-
-    def _connect(self) -> websocket.WebSocket:
-        """Opens a connection with an id of its own: ComfyUI can silence a second one with the id of a lost first."""
-        self._ask_about(HTTP_SECONDS)
-        version, client_id = str(self._about["version"]), uuid.uuid4().hex
-        # websocket-client takes a proxy from the environment unless it is handed a connected socket
-        raw = connect(self.url, HTTP_SECONDS).sock
-        address = f"ws{self.url[4:]}/ws?clientId={client_id}"
-        made = websocket.create_connection(
-            address, socket=raw, skip_utf8_validation=True, suppress_origin=True
-        )
-        made.recv()  # ComfyUI knows the client id once it has sent its first status
-        made.settimeout(None)
-        if self._fault and not self._get(f"/history/{self._fault}"):  # it has restarted
-            self._fault = ""
-        self._socket, self._client_id, self._was_up, self._failing_since = made, client_id, True, 0
-        self._classes.clear()
-        self._tell(self._job, "connected")
-        log.info(
-            "WORKER_READY: connected to ComfyUI %s on %s at %s",
-            version,
-            self._about["device"],
-            self.url,
-        )
-        if [int(part) for part in re.findall(r"\d+", version)[:3]] < [*OLDEST_COMFYUI]:
-            log.error(
-                "this ComfyUI is too old: update it to 0.3.45 or later, which lets a caller choose the prompt id"
-            )
-        return made
-
-    def _tell(self, job: Job | None, type: str, about: Any = None) -> None:
-        if job:
-            self._told_at = time.monotonic()
-            job.inbox.put({"type": type, "data": about})
-
-    # running a prompt
-
-    def run(self, job: Job) -> None:
-        """Runs the job's workflow to its end, good or bad; `read_history` then has what became of it.
-
-        Raises JobError: workflow_rejected, timeout, cancelled, comfyui_lost, comfyui_error, or the error of `job.stop`.
-        """
-        self._job = job
-        is_owed = False  # a prompt that ComfyUI may have and nobody will wait for
-        try:
-            for _ in range(2):
-                client_id = self._submit(job)
-                is_owed = True
-                if self._wait(job, client_id):
-                    is_owed = False
-                    return
-                log.warning("job %s: ComfyUI has lost its prompt", job.request_id)
-        finally:
-            self._job = None
-            if is_owed:
-                self._stop_prompt(job)
-        raise JobError(
-            502,
-            "comfyui_lost",
-            "ComfyUI died twice under this job: it may be the job that kills it",
-        )
-
-    def _submit(self, job: Job) -> str:
-        """Posts the prompt; returns the id of the client that will be told of it, none where the answer was lost."""
-        client_id = self.patiently(job, self._working_client)
-        key = (
-            {"api_key_comfy_org": job.settings.comfy_org_api_key}
-            if job.settings.comfy_org_api_key
-            else {}
-        )
-        about = {"prompt_id": job.prompt_id, "client_id": client_id, "extra_data": key}
-        try:
-            status, answer = self._exchange("/prompt", {"prompt": job.workflow, **about})
-        except CONNECTION_LOST:
-            return ""
-        finally:
-            job.is_submitted.set()
-        with understanding():
-            if status == 400:
-                raise self._rejection(
-                    answer["error"], answer.get("node_errors") or {}, job.workflow
-                )
-            if status != 200 or answer["prompt_id"] != job.prompt_id:
-                raise odd_answer(f"POST /prompt with {status}")
-            if answer.get("node_errors"):
-                dropped = self._complaints(answer["node_errors"], job.workflow)
-                warning = f"ComfyUI dropped the outputs that depend on invalid nodes: {dropped}"
-                job.warnings += [warning] if warning not in job.warnings else []
-        return str(client_id)
-
-    def _working_client(self) -> str:
-        if not self._client_id or self._fault:
-            raise ConnectionError(
-                "its GPU is broken" if self._fault else "its websocket cannot be reached"
-            )
-        return self._client_id
-
-    def _wait(self, job: Job, client_id: str) -> bool:
-        """Whether the prompt has ended; False where ComfyUI lost it with its connection."""
-        progress, deadline = Progress(job), float("inf")
-        while True:
-            # a connection that was lost takes its client's messages with it
-            is_told = bool(client_id) and client_id == self._client_id
-            pause = SILENCE_SECONDS if is_told else LOOK_UP_SECONDS
-            message = job.next_message(max(0, min(pause, deadline - time.monotonic())))
-            kind, about = (message["type"], message["data"]) if message else ("silence", {})
-            if deadline == float("inf") and (kind == "execution_start" or not is_told):
-                deadline = time.monotonic() + (self.settings.job_timeout or float("inf"))
-            self._heed(job, progress, kind, about)
-            if kind == "executing" and about.get("node", "") is None:
-                return True  # it sends this once a prompt has ended and its history is written
-            if kind in ("silence", "connection_lost", "connected"):
-                found = self.patiently(job, lambda: self._look_up(job))
-                if found == "lost" and is_told and client_id == self._client_id:
-                    raise JobError(499, "cancelled", "the job was deleted from ComfyUI's queue")
-                if found == "ended" and kind == "silence" and is_told and self._socket:
-                    self._socket.abort()  # type: ignore[no-untyped-call]  # it did not tell: another one is opened
-                if found != "queued":
-                    return bool(found == "ended")
-            if time.monotonic() > deadline:
-                limit = self.settings.job_timeout
-                raise JobError(
-                    504, "timeout", f"the job took more than the {limit:g} s of JOB_TIMEOUT"
-                )
-
-    @understanding()
-    def _look_up(self, job: Job) -> str:
-        """'ended', with its history in `job.entry`, 'queued' while the prompt is in ComfyUI's queue, else 'lost'."""
-        for _ in range(2):  # it may end between the two questions
-            job.entry = (
-                self._get(f"/history/{job.prompt_id}", LOOK_UP_TIMEOUT_SECONDS).get(job.prompt_id)
-                or {}
-            )
-            if job.entry:
-                error = failure(job.entry)
-                self._note_fault(job, error.details.get("exception_message", "") if error else "")
-                return "ended"
-            queued = self._get("/queue", LOOK_UP_TIMEOUT_SECONDS)
-            if any(item[1] == job.prompt_id for items in queued.values() for item in items):
-                return "queued"
-        return "lost"
-
-    def read_history(self, job: Job) -> None:
-        """Looks up, without the GPU, what has become of a job that has run; output_missing if ComfyUI forgot it."""
-        if not job.entry and self.patiently(job, lambda: self._look_up(job)) != "ended":
-            raise JobError(502, "output_missing", "ComfyUI died with the job's history")
-        if (
-            key := job.settings.comfy_org_api_key
-        ):  # partner nodes are given it, and may show it under any name
-            told = change_text(job.entry, lambda text: text.replace(key, "***"))
-            job.entry = {**told, "outputs": job.entry.get("outputs")}  # whose names have to stay
-
-    def _heed(self, job: Job, progress: Progress, kind: str, about: dict[str, Any]) -> None:
-        """Heeds what ComfyUI tells of a running job; what makes no sense costs no job."""
-        with contextlib.suppress(JobError, *CONNECTION_LOST), understanding():
-            if kind == "execution_error":
-                self._note_fault(job, about["exception_message"])
-            if kind == "execution_cached" and job.on_event:
-                items = self._get("/queue")["queue_running"]
-                progress.begin(
-                    [id for item in items if item[1] == job.prompt_id for id in item[4]],
-                    about["nodes"],
-                )
-            if kind == "progress_state" and job.on_event:
-                progress.update(about["nodes"])
-
-    def _note_fault(self, job: Job, message: str) -> None:
-        if FAULT.match(message) and self._fault != job.prompt_id:
-            log.error(
-                "WORKER_ERROR: job %s has broken the GPU; nothing runs until ComfyUI restarts",
-                job.request_id,
-            )
-            self._fault = job.prompt_id
-            self._note_failure()
-
-    def _stop_prompt(self, job: Job) -> None:
-        """Takes the prompt off ComfyUI: out of its queue, or off the GPU."""
-        for _ in range(1 if self._failing_since else 3):
-            with contextlib.suppress(*CONNECTION_LOST, JobError):
-                self._exchange("/queue", {"delete": [job.prompt_id]}, LOOK_UP_TIMEOUT_SECONDS)
-                # looked up first: versions before the targeted form interrupt whoever runs
-                if self._look_up(job) == "queued":
-                    self._exchange(
-                        "/interrupt", {"prompt_id": job.prompt_id}, LOOK_UP_TIMEOUT_SECONDS
-                    )
-                return
-            threading.Event().wait(RECONNECT_SECONDS)
-
-    def patiently(self, job: Job, action: Callable[[], Any]) -> Any:
-        """What the action returns, tried again while ComfyUI is away; comfyui_lost after COMFYUI_RETURN_TIMEOUT."""
-        limit, ends = self.settings.comfyui_return_timeout, 0.0
-        while True:
-            try:
-                return action()
-            except CONNECTION_LOST as lost:
-                ends = ends or self._note_failure() + limit  # since then all jobs wait
-                if (left := ends - time.monotonic()) <= 0:
-                    message = (
-                        f"ComfyUI went away and was not back in order within {limit:g} s: {lost}"
-                    )
-                    raise JobError(502, "comfyui_lost", message) from None
-            job.next_message(
-                min(left, LOOK_UP_SECONDS)
-            )  # "connected", perhaps, or an order to stop
-
-    # files
-
-    @contextlib.contextmanager
-    def open(self, output: Output, preview: str = "") -> Iterator[http.client.HTTPResponse]:
-        """Opens one file that ComfyUI's history names, converted where there is a `preview`, such as "webp;90".
-
-        Notes its mimetype and size (bytes) in `output`; raises JobError and CONNECTION_LOST.
-        """
-        converted = {"preview": preview} if preview else {}
-        query = urllib.parse.urlencode({name: output[name] for name in FILE} | converted)
-        with request(f"{self.url}/view?{query}", HTTP_SECONDS, kept=self._kept) as response:
-            if response.status == 404:
-                raise JobError(
-                    502, "output_missing", f"{output['filename']} is no longer on ComfyUI's disk"
-                )
-            if response.status != 200 or response.length is None:
-                raise odd_answer(f"{response.status} to {output['filename']}")
-            output["mimetype"], output["size"] = (
-                response.headers.get_content_type(),
-                response.length,
-            )
-            yield response
-
-    def upload(self, file: BinaryIO, name: str) -> str:
-        """Puts the file into ComfyUI's input folder, and returns its name there; 400 if it is too large."""
-        size = file.seek(0, os.SEEK_END)
-        features = self._exchange("/features")[1]  # older ones have none, and answer 413 at the end
-        limit = (
-            features.get("max_upload_size", float("inf"))
-            if isinstance(features, dict)
-            else float("inf")
-        )
-        file.seek(0)
-        part = f'Content-Disposition: form-data; name="image"; filename="{name}"\r\nContent-Type: {BYTES}'
-        head, tail = f"--{name}\r\n{part}\r\n\r\n".encode(), f"\r\n--{name}--\r\n".encode()
-        total = len(head) + size + len(tail)
-        headers = {
-            "Content-Type": f"multipart/form-data; boundary={name}",
-            "Content-Length": str(total),
-        }
-        pieces = itertools.chain([head], iter(lambda: file.read(CHUNK_BYTES), b""), [tail])
-        if total <= limit:
-            with (
-                request(
-                    f"{self.url}/upload/image", HTTP_SECONDS, pieces, headers, self._kept
-                ) as answer,
-                understanding(),
-            ):
-                if answer.status != 413:
-                    return str(json.load(answer)["name"])
-        message = f"an input file of {size} bytes is more than ComfyUI takes; start it with a larger --max-upload-size"
-        raise invalid(message, "input_unavailable")
-
-    @understanding()
-    def is_file(self, class_type: str, name: str) -> bool:
-        """Whether that input of a node is a choice among files, and not among ComfyUI's own outputs."""
-        if class_type not in self._classes:
-            self._classes[class_type] = self._inputs(class_type)
-        kind, *more = self._classes[class_type].get(name) or [None]
-        options = more[0] if more and isinstance(more[0], dict) else {}
-        is_choice = (
-            isinstance(kind, list)
-            or kind == "COMBO"
-            or any(each.endswith("_upload") for each in options)
-        )
-        return is_choice and options.get("image_folder") != "output"
-
-    # HTTP
-
-    def _exchange(
-        self, path: str, body: Any = None, seconds: float = HTTP_SECONDS
-    ) -> tuple[int, Any]:
-        """The status and the JSON body, None where it is none."""
-        data = None if body is None else json.dumps(body).encode()
-        with (
-            request(self.url + path, seconds, data, kept=self._kept) as response,
-            contextlib.suppress(ValueError, RecursionError),
-        ):
-            self._failing_since = 0 if self._client_id and not self._fault else self._failing_since
-            return response.status, json.load(
-                response, parse_constant=lambda _: None
-            )  # JSON has no NaN
-        return response.status, None
-
-    def _get(self, path: str, seconds: float = HTTP_SECONDS) -> Any:
-        status, answer = self._exchange(path, None, seconds)
-        if status != 200 or not isinstance(answer, dict):
-            raise odd_answer(f"GET {path} with {status}")
-        return answer
-
-    # what ComfyUI says against a workflow, in words
-
-    def _rejection(
-        self, error: dict[str, Any], node_errors: dict[str, Any], graph: Graph
-    ) -> JobError:
-        general = scrub(f"{error['message']} {error.get('details', '')}".strip()) + HINTS.get(
-            error["type"], ""
-        )
-        message = f"ComfyUI refuses the workflow: {self._complaints(node_errors, graph) or general}"
-        return JobError(422, "workflow_rejected", message, node_errors=scrub(node_errors))
-
-    def _complaints(self, node_errors: dict[str, Any], graph: Graph) -> str:
-        errors = [
-            (id, node["class_type"], error)
-            for id, node in node_errors.items()
-            for error in node["errors"]
-        ]
-        listed = [
-            f"{kind} (node {id}): {self._complaint(kind, error, graph)}"
-            for id, kind, error in errors[:5]
-        ]
-        return str(scrub("; ".join(listed))) + (
-            f"; and {len(errors) - 5} more" if len(errors) > 5 else ""
-        )
-
-    def _complaint(self, class_type: str, error: dict[str, Any], graph: Graph) -> str:
-        details = str(error.get("details", ""))
-        if error["type"] == "value_not_in_list":
-            name, value = (
-                error["extra_info"]["input_name"],
-                error["extra_info"].get("received_value"),
-            )
-            with contextlib.suppress(JobError):  # ComfyUI's own words leave longer lists out
-                choices = self.choices(class_type, name)
-                listed = ", ".join(choices[:50]) + (
-                    f" and {len(choices) - 50} more" if len(choices) > 50 else ""
-                )
-                is_file = isinstance(value, str) and re.search(r"\.\w{2,12}$", value)
-                return f"{name} {value!r} is not {'installed' if is_file else 'a choice'}; there is: {listed or 'none'}"
-        if re.search(r"Invalid \w+ file", details):
-            return f"{details:.200} (it has to lie in ComfyUI's input folder; or give its URL, http(s):// or data:)"
-        if (
-            error["type"].startswith("exception_during")
-            and details.strip("'") not in graph
-            and details[:1] == "'"
-        ):
-            return f"it is linked to node {details}, which is not in the workflow"
-        return f"{error['message']}: {details:.500}".rstrip(": ")
-
-    @understanding()
-    def choices(self, class_type: str, name: str) -> list[str]:
-        """What ComfyUI offers for that input of a node."""
-        # [[choice, …], {…}] or, as newer nodes have it, ["COMBO", {"options": [choice, …]}]
-        kind, *more = self._inputs(class_type)[name]
-        return [str(each) for each in (kind if isinstance(kind, list) else more[0]["options"])]
-
-    @understanding()
-    def _inputs(self, class_type: str) -> dict[str, Any]:
-        try:
-            about = self._get(f"/object_info/{urllib.parse.quote(class_type, safe='')}")
-        except CONNECTION_LOST:
-            raise not_ready("unreachable") from None
-        if class_type not in about:
-            raise JobError(
-                422,
-                "workflow_rejected",
-                f"ComfyUI has no node {class_type}{HINTS['invalid_prompt']}",
-            )
-        inputs = about[class_type]["input"]
-        return {**inputs.get("required", {}), **inputs.get("optional", {})}
-
-
-class Progress:
-    """How far a job is: of the nodes that its accepted outputs depend on, cached ones are done, steps are parts."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._needed: dict[str, bool] = {}  # node id: whether it is cached
-
-    def begin(self, outputs: list[str], cached: list[str]) -> None:
-        """Takes the ids of the nodes that the job is run for, and of those that are cached."""
-        graph, ahead = self._job.workflow, list(outputs)
-        while ahead:
-            node_id = ahead.pop()
-            if node_id not in self._needed:
-                self._needed[node_id] = node_id in cached
-                links = () if node_id in cached else graph[node_id]["inputs"].values()
-                ahead += [
-                    link[0]
-                    for link in links
-                    if isinstance(link, list) and len(link) == 2 and link[0] in graph
-                ]
-        self.update({})
-
-    def update(self, nodes: dict[str, Any]) -> None:
-        """Takes the states of the nodes that have begun: {id: {"value": …, "max": …, "state": …}}"""
-        parts = {id: about["value"] / (about["max"] or 1) for id, about in nodes.items()}
-        done = sum(
-            1 if is_cached else min(1, parts.get(id, 0)) for id, is_cached in self._needed.items()
-        )
-        # it never goes back, not even when the job is run again
-        self._job.percent = max(self._job.percent, round(100 * done / (len(self._needed) or 1), 1))
-        by_state = sorted(nodes.items(), key=lambda each: each[1]["state"] == "running")
-        node_id, about = by_state[-1] if by_state else ("", {})
-        node_id = about.get(
-            "display_node_id", node_id
-        )  # the submitted one, where a node expands into others
-        node_type = self._job.workflow.get(str(node_id), {}).get("class_type")
-        steps = {name: about.get(name) for name in ("value", "max")}
-        self._job.tell(
-            "progress",
-            node_id=node_id or None,
-            node_type=node_type,
-            **steps,
-            percent=self._job.percent,
-        )
-
-
-def is_still(output: Output, entry: dict[str, Any]) -> bool:
-    """Whether the file is an image that ComfyUI converts as a whole: of an animation it takes the first frame."""
-    animated = entry["outputs"][output["node_id"]].get("animated")
-    is_animated = animated is True or (isinstance(animated, list) and True in animated)
-    is_image = (
-        output["filename"]
-        .lower()
-        .endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"))
-    )
-    return output["output_type"] == "images" and is_image and not is_animated
-
-
-@understanding()
-def failure(entry: dict[str, Any]) -> JobError | None:
-    """What went wrong, as a history entry has it; None for a job that succeeded."""
-    status = entry.get("status") or {}
-    if status.get("completed"):
-        return None
-    messages = dict(status["messages"])
-    if "execution_interrupted" in messages:
-        return JobError(499, "cancelled", "the job was interrupted in ComfyUI")
-    names = ("node_id", "node_type", "exception_type", "exception_message")
-    about = scrub({name: str(messages["execution_error"].get(name, "")).strip() for name in names})
-    message = f"{about['node_type']} (node {about['node_id']}) failed: {about['exception_message']}"
-    if "OutOfMemory" in about["exception_type"] or "out of memory" in message.lower():
-        return JobError(
-            500, "out_of_memory", f"{message}; use a smaller picture, batch or model", **about
-        )
-    return JobError(500, "execution_failed", message, **about)
-
-
-@understanding()
-def may_be_stale(entry: dict[str, Any]) -> bool:
-    """Whether outputs may be of an earlier run, and deleted since; of a lost history nobody knows."""
-    return not entry or any(
-        about.get("nodes") for kind, about in entry["status"]["messages"] if "cached" in kind
-    )
-
-
-@understanding()
-def read_outputs(entry: dict[str, Any], graph: Graph) -> list[Output]:
-    """Every file and text of a history entry: nodes in the graph's order, then those that ComfyUI made up itself."""
-    outputs: dict[str, Any] = entry.get("outputs") or {}
-    order = [id for id in graph if id in outputs] + sorted(outputs.keys() - graph.keys())
-    return [
-        read
-        for id in order
-        for kind, items in outputs[id].items()
-        for read in _read_items(id, kind, items)
-    ]
-
-
-def _read_items(node_id: str, kind: str, items: Any) -> list[Output]:
-    where = {"node_id": node_id, "output_type": kind}
-    if kind == "text":
-        return [{**where, "value": items}]
-    listed = items if isinstance(items, list) else []
-    files = [
-        item for item in listed if isinstance(item, dict) and item.get("filename")
-    ]  # the rest are flags
-    return [
-        {**{name: str(item.get(name) or FILE[name]) for name in FILE}, **where} for item in files
-    ]
-
-
-_ROOT = r"(?:file:/*|[A-Za-z]:(?=[\\/])|\\\\|/(?!/))"  # of an absolute path: POSIX, Windows, its network, or as a URL
-_QUOTED_PATH = re.compile(rf"""(['"]){_ROOT}[^'"]*[/\\]([^'"/\\]+)\1""")  # may have spaces in it
+MAX_LISTED_ERRORS = 5
+MAX_LISTED_CHOICES = 50
+# The root of an absolute path: POSIX, Windows, its network, or as a URL.
+_ROOT = r"(?:file:/*|[A-Za-z]:(?=[\\/])|\\\\|/(?!/))"
+# Within quotes, a path may have spaces in it.
+_QUOTED_PATH = re.compile(rf"""(['"]){_ROOT}[^'"]*[/\\]([^'"/\\]+)\1""")
 _PATH = re.compile(rf"""(?<![\w./-]){_ROOT}(?:[^/\\\s'"]*[/\\])+([^/\\\s'"]*)""")
 
 
 def scrub(value: Any) -> Any:
-    """ComfyUI's words, fit for an answer: without tracebacks, absolute paths cut to the file's name."""
+    """ComfyUI's words, fit for an answer: no tracebacks, absolute paths cut to the file's name."""
     if isinstance(value, dict):
         return {scrub(name): scrub(each) for name, each in value.items() if name != "traceback"}
     if isinstance(value, list):
@@ -1502,332 +989,1166 @@ def scrub(value: Any) -> Any:
     return value
 
 
-# Delivery #############################################################################################################
-
-SPOOL_BYTES = 1 << 20  # of an owed webhook that are kept in memory; larger ones wait on disk
-WEBHOOK_PAUSES_SECONDS = (4, 20, 100, 480)  # between five tries, each 20 % more or less
-
-
-def deliver(job: Job, outputs: list[Output], comfyui: ComfyUI) -> JobError | None:
-    """Puts into `job.outputs` every text, and every file that is no preview, with mimetype, size, and url or data.
-
-    Returns the first failure (upload_failed, output_missing, comfyui_error), once all the rest is delivered.
-    """
-    job.outputs = [output for output in outputs if output.get("type") != "temp"]
-    if not job.outputs and not failure(job.entry):
-        made = "only previews (type temp), which are not delivered" if outputs else "no outputs"
-        job.warnings.append(f"the job made {made}; use a node that saves, such as SaveImage")
-    return _deliver_files(job, comfyui)
-
-
-def _deliver_files(job: Job, comfyui: ComfyUI) -> JobError | None:
-    return next(
-        filter(None, at_once(functools.partial(_deliver_file, job, comfyui), job.files)), None
-    )
-
-
-def _deliver_file(job: Job, comfyui: ComfyUI, output: Output) -> JobError | None:
-    folder = job.settings.comfyui_install_path
-    path = os.path.abspath(
-        os.path.join(folder, output["type"], output["subfolder"], output["filename"])
-    )
-    if folder and os.path.isfile(path):
-        output["local_path"] = path
+@contextmanager
+def parsing() -> Iterator[None]:
+    """Turns what is raised over an answer of unknown shape into the 502 comfyui_error."""
     try:
-        comfyui.patiently(job, lambda: _bring(job, comfyui, output))
-    except JobError as error:
-        return error
-    return None
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise unusable_answer(f"with something that makes no sense: {error!r}") from None
 
 
-def _bring(job: Job, comfyui: ComfyUI, output: Output) -> None:
-    """So that it can be done again when ComfyUI went away over it: what S3 has taken is not sent again."""
+def unusable_answer(what: str) -> JobError:
+    """The error of an answer of ComfyUI that no worker can use."""
+    return JobError(
+        502, "comfyui_error", f"ComfyUI answered {what}; is it ComfyUI, and what does its log say?"
+    )
+
+
+Choices = Callable[[str, str], list[str]]  # what there is to choose for a class' input, by its name
+
+
+def rejection(answer: JsonObject, graph: Graph, choices: Choices) -> JobError:
+    """The error of a workflow that POST /prompt refuses with this answer."""
+    error, node_errors = answer["error"], answer.get("node_errors") or {}
+    reason = describe_node_errors(node_errors, graph, choices)
+    if not reason:
+        reason = scrub(f"{error['message']} {error.get('details', '')}".strip())
+        reason += HINTS.get(error["type"], "")
+    return JobError(
+        422,
+        "workflow_rejected",
+        f"ComfyUI refuses the workflow: {reason}",
+        node_errors=scrub(node_errors),
+    )
+
+
+def describe_node_errors(node_errors: JsonObject, graph: Graph, choices: Choices) -> str:
+    """What is wrong with each node; empty where nothing is."""
+    errors = [
+        (node_id, about["class_type"], error)
+        for node_id, about in node_errors.items()
+        for error in about["errors"]
+    ]
+    described = []
+    for node_id, class_type, error in errors[:MAX_LISTED_ERRORS]:
+        words = _describe_node_error(class_type, error, graph, choices)
+        described.append(f"{class_type} (node {node_id}): {words}")
+    left = len(errors) - MAX_LISTED_ERRORS
+    more = f"; and {left} more" if left > 0 else ""
+    return str(scrub("; ".join(described))) + more
+
+
+def _describe_node_error(class_type: str, error: JsonObject, graph: Graph, choices: Choices) -> str:
+    details = str(error.get("details", ""))
+    if error["type"] == "value_not_in_list":
+        # ComfyUI's own words leave longer lists out. Without an answer they have to do.
+        with suppress(JobError):
+            return _describe_missing_choice(class_type, error["extra_info"], choices)
+    if re.search(r"Invalid \w+ file", details):
+        where = "it has to lie in ComfyUI's input folder; or give its URL, http(s):// or data:"
+        return f"{details:.200} ({where})"
+    is_link_error = error["type"].startswith("exception_during") and details.startswith("'")
+    if is_link_error and details.strip("'") not in graph:
+        return f"it is linked to node {details}, which is not in the workflow"
+    return f"{error['message']}: {details:.500}".rstrip(": ")
+
+
+def _describe_missing_choice(class_type: str, extra: JsonObject, choices: Choices) -> str:
+    name, value = extra["input_name"], extra.get("received_value")
+    offered = choices(class_type, name)
+    listed = ", ".join(offered[:MAX_LISTED_CHOICES]) or "none"
+    if len(offered) > MAX_LISTED_CHOICES:
+        listed += f" and {len(offered) - MAX_LISTED_CHOICES} more"
+    is_file = isinstance(value, str) and re.search(r"\.\w{2,12}$", value)
+    return f"{name} {value!r} is not {'installed' if is_file else 'a choice'}; there is: {listed}"
+
+
+@parsing()
+def failure_messages(history: JsonObject) -> JsonObject | None:
+    """What a history entry tells of a job that failed, by kind; None where it completed."""
+    status = history.get("status") or {}
+    return None if status.get("completed") else dict(status["messages"])
+
+
+@parsing()
+def raise_for_status(history: JsonObject) -> None:
+    """Raises the JobError of a job that failed, as its history entry tells it."""
+    messages = failure_messages(history)
+    if messages is None:
+        return
+    if "execution_interrupted" in messages:
+        raise JobError(499, "cancelled", "the job was interrupted in ComfyUI")
+    error = messages["execution_error"]
+    names = ("node_id", "node_type", "exception_type", "exception_message")
+    details = {name: scrub(str(error.get(name, "")).strip()) for name in names}
+    message = "{node_type} (node {node_id}) failed: {exception_message}".format(**details)
+    if "OutOfMemory" in details["exception_type"] or "out of memory" in message.lower():
+        message += "; use a smaller picture, batch or model"
+        raise JobError(500, "out_of_memory", message, **details)
+    raise JobError(500, "execution_failed", message, **details)
+
+
+@parsing()
+def may_be_stale(history: JsonObject) -> bool:
+    """Whether outputs may be of an earlier run, and deleted since; a lost history cannot tell."""
+    if not history:
+        return True
+    messages = history["status"]["messages"]
+    return any(data.get("nodes") for kind, data in messages if kind == "execution_cached")
+
+
+def is_still_image(output: Output, history: JsonObject) -> bool:
+    """Whether ComfyUI can convert the file as a whole: of an animation it takes the first frame."""
+    animated = history["outputs"][output["node_id"]].get("animated")
+    is_animated = animated is True or (isinstance(animated, list) and True in animated)
+    extension = os.path.splitext(output["filename"])[1].lower()
+    is_image = extension in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+    return output["output_type"] == "images" and is_image and not is_animated
+
+
+@parsing()
+def read_outputs(history: JsonObject, graph: Graph) -> list[Output]:
+    """Every file and text of a history entry, in the graph's order of nodes.
+
+    Nodes that others expand into, which are not in the graph, come last.
+    """
+    nodes: JsonObject = history.get("outputs") or {}
+    order = [node_id for node_id in graph if node_id in nodes]
+    order += sorted(nodes.keys() - graph.keys())
+    outputs = []
+    for node_id in order:
+        for output_type, items in nodes[node_id].items():
+            outputs += _read_items(items, {"node_id": node_id, "output_type": output_type})
+    return outputs
+
+
+def _read_items(items: Any, origin: dict[str, str]) -> list[Output]:
+    if origin["output_type"] == "text":
+        return [{**origin, "value": items}]
+    found = []
+    for item in items if isinstance(items, list) else []:
+        if isinstance(item, dict) and item.get("filename"):  # the rest are flags
+            file = {name: str(item.get(name) or default) for name, default in FILE.items()}
+            found.append(file | origin)
+    return found
+
+
+# ComfyUI: whether it is in order ##################################################################
+
+
+class Health:
+    """The state of ComfyUI, from the events that listener, probes and jobs report.
+
+    It is starting until the first connection, then ready. It is unreachable after a while of
+    failures, and faulted while its GPU is broken, which only a restart mends.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._unreachable_after = settings.unreachable_after
+        self._return_timeout = settings.comfyui_return_timeout
+        self._was_connected = False
+        self._is_connected = False
+        self._is_running = False
+        self._failing_since = 0.0  # by monotonic(); 0: nothing fails
+        self.fault = ""  # id of the prompt that broke the GPU
+
+    def connected(self) -> None:
+        """The websocket was connected."""
+        self._was_connected = self._is_connected = True
+        self._failing_since = 0.0
+
+    def disconnected(self) -> None:
+        """The websocket's connection was lost, or could not be made."""
+        if self._is_connected:
+            self._failing_since = 0.0  # what failed before was a probe that was slow
+        self._is_connected = False
+        self.failed()
+
+    def answered(self) -> None:
+        """ComfyUI has answered over HTTP."""
+        if self._is_connected and not self.fault:
+            self._failing_since = 0.0
+
+    def failed(self) -> float:
+        """ComfyUI has not answered; returns since when (monotonic()) that has been so."""
+        since = self._failing_since or monotonic()
+        self._failing_since = since
+        return since
+
+    def gpu_broken(self, prompt_id: str) -> None:
+        """The prompt has brought the GPU into a state that only a restart clears."""
+        self.fault = prompt_id
+        self.failed()
+
+    def restarted(self) -> None:
+        """ComfyUI runs anew, with a working GPU."""
+        self.fault = ""
+
+    def prompt_started(self) -> None:
+        """One of our prompts runs from now on."""
+        self._is_running = True
+
+    def prompt_ended(self) -> None:
+        """None of our prompts runs any more."""
+        self._is_running = False
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether the last thing that was heard of ComfyUI is a failure."""
+        return self._failing_since > 0
+
+    @property
+    def state(self) -> str:
+        """'starting', 'ready', 'unreachable' or 'faulted', from what is known: nothing is asked."""
+        if self.fault:
+            return "faulted"
+        if not self._was_connected:
+            return "starting"
+        is_proven = self._is_running and self._is_connected  # whatever probes say
+        is_away = self._seconds_away() > self._unreachable_after
+        return "unreachable" if is_away and not is_proven else "ready"
+
+    @property
+    def needs_restart(self) -> bool:
+        """Whether its GPU is broken, or it has been away for longer than any job waits for it."""
+        is_gone = self._was_connected and not self._is_connected
+        return bool(self.fault) or (is_gone and self._seconds_away() > self._return_timeout)
+
+    def _seconds_away(self) -> float:
+        since = self._failing_since
+        return monotonic() - since if since else 0.0
+
+
+# ComfyUI: its HTTP API ############################################################################
+
+PROBE_SECONDS = 0.8  # below the one second that Kubernetes grants a probe
+PROBE_EVERY_SECONDS = 1
+LOOK_UP_SECONDS = 1  # between questions to a ComfyUI that tells nothing by itself
+
+
+class ComfyUIApi:
+    """ComfyUI over HTTP. A method that takes no `job` raises CONNECTION_LOST where it is away."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.url = settings.comfyui_api_base.rstrip("/")
+        self.health = Health(settings)
+        self._pool = ConnectionPool()
+        self._about = {"url": self.url, "version": None, "device": None, "vram_free": None}
+        self._probed_at = -math.inf
+        self._probe_lock = Lock()
+        self._inputs: dict[str, JsonObject] = {}  # by class, asked for once in ComfyUI's life
+
+    def exchange(
+        self, path: str, body: Any = None, timeout: float = HTTP_SECONDS
+    ) -> tuple[int, Any]:
+        """The status and the JSON of an answer, None where it is no JSON. A body is POSTed."""
+        data = None if body is None else json.dumps(body).encode()
+        with http_exchange(self.url + path, timeout, data, pool=self._pool) as response:
+            self.health.answered()
+            try:
+                # NaN is no JSON, but ComfyUI writes it
+                return response.status, json.load(response, parse_constant=lambda _: None)
+            except (ValueError, RecursionError):
+                return response.status, None
+
+    def get(self, path: str, timeout: float = HTTP_SECONDS) -> JsonObject:
+        """The object that ComfyUI answers with; comfyui_error for anything else."""
+        status, answer = self.exchange(path, None, timeout)
+        if status != 200 or not isinstance(answer, dict):
+            raise unusable_answer(f"GET {path} with {status}")
+        return answer
+
+    def retry_while_away(self, job: Job, action: Callable[[], Any]) -> Any:
+        """What the action returns, tried again while ComfyUI is away.
+
+        Raises JobError: comfyui_lost after COMFYUI_RETURN_TIMEOUT, or the error of `job.abort`.
+        """
+        limit = self.settings.comfyui_return_timeout
+        give_up_at = math.inf
+        while True:
+            try:
+                return action()
+            except CONNECTION_LOST as error:
+                # All jobs wait since the same moment, but each for one loss only.
+                give_up_at = min(give_up_at, self.health.failed() + limit)
+                left = give_up_at - monotonic()
+                if left <= 0:
+                    raise JobError(
+                        502,
+                        "comfyui_lost",
+                        f"ComfyUI went away and was not back in order within {limit:g} s: {error}",
+                    ) from None
+            job.next_message(min(left, LOOK_UP_SECONDS))  # "connected", perhaps
+
+    def describe(self) -> JsonObject:
+        """url, version, device and vram_free (bytes), asked for once a second for all who probe."""
+        with self._probe_lock:
+            if monotonic() - self._probed_at >= PROBE_EVERY_SECONDS:
+                try:
+                    self.ask_stats(PROBE_SECONDS)
+                except (*CONNECTION_LOST, JobError):
+                    self.health.failed()
+                self._probed_at = monotonic()
+        return self._about
+
+    @parsing()
+    def ask_stats(self, timeout: float = HTTP_SECONDS) -> JsonObject:
+        """What `describe` returns, asked for now."""
+        stats = self.get("/system_stats", timeout)
+        device = stats["devices"][0]
+        self._about = {
+            "url": self.url,
+            "version": stats["system"].get("comfyui_version"),
+            "device": device.get("name"),
+            "vram_free": device.get("vram_free"),
+        }
+        return self._about
+
+    @parsing()
+    def find_history(self, prompt_id: str) -> JsonObject:
+        """The history's entry for the prompt; empty where there is none."""
+        timeout = self.settings.comfyui_silence_timeout
+        return self.get(f"/history/{prompt_id}", timeout).get(prompt_id) or {}
+
+    @parsing()
+    def is_queued(self, prompt_id: str) -> bool:
+        """Whether ComfyUI runs the prompt, or will."""
+        queues = self.get("/queue", self.settings.comfyui_silence_timeout)
+        return any(item[1] == prompt_id for items in queues.values() for item in items)
+
+    def cancel(self, prompt_id: str) -> None:
+        """Takes the prompt out of ComfyUI's queue, or off the GPU."""
+        timeout = self.settings.comfyui_silence_timeout
+        self.exchange("/queue", {"delete": [prompt_id]}, timeout)
+        # Versions before the targeted interrupt stop whoever runs: ours has to be the one.
+        if not self.find_history(prompt_id) and self.is_queued(prompt_id):
+            self.exchange("/interrupt", {"prompt_id": prompt_id}, timeout)
+
+    def clear_cache(self) -> None:
+        """Has ComfyUI forget what it has made, and unload its models."""
+        with suppress(*CONNECTION_LOST):  # one that has died has no cache
+            self.exchange("/free", {"free_memory": True})
+
+    @contextmanager
+    def view(self, output: Output, preview: str = "") -> Iterator[HTTPResponse]:
+        """Opens a file that the history names, converted where there is a preview like "webp;90".
+
+        Notes its mimetype and size (bytes) in the output. Raises JobError: output_missing,
+        comfyui_error.
+        """
+        query = {name: output[name] for name in FILE}
+        if preview:
+            query["preview"] = preview
+        with http_exchange(f"{self.url}/view?{urlencode(query)}", pool=self._pool) as response:
+            if response.status == 404:
+                raise JobError(
+                    502, "output_missing", f"{output['filename']} is no longer on ComfyUI's disk"
+                )
+            if response.status != 200 or response.length is None:
+                raise unusable_answer(f"{response.status} to {output['filename']}")
+            output["mimetype"] = response.headers.get_content_type()
+            output["size"] = response.length
+            yield response
+
+    @parsing()
+    def upload(self, file: BinaryIO, name: str) -> str:
+        """Puts the file into ComfyUI's input folder; returns its name there. 400 if too large."""
+        boundary = name[:64]  # the file's SHA-256; more than 70 characters are refused
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        head = (
+            f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n'
+            f"Content-Type: {BYTES}\r\n\r\n"
+        ).encode()
+        tail = f"\r\n--{boundary}--\r\n".encode()
+        total = len(head) + size + len(tail)
+        features = self.exchange("/features")[1] or {}  # older ones do not tell
+        if total <= features.get("max_upload_size", math.inf):
+            headers = {
+                "Content-Type": f"multipart/form-data; boundary={boundary}",
+                "Content-Length": str(total),
+            }
+            pieces = _read_pieces(head, file, tail)
+            with http_exchange(
+                f"{self.url}/upload/image", HTTP_SECONDS, pieces, headers, self._pool
+            ) as answer:
+                if answer.status != 413:
+                    return str(json.load(answer)["name"])
+        raise invalid(
+            f"an input file of {size} bytes is more than ComfyUI takes;"
+            " start it with a larger --max-upload-size",
+            "input_unavailable",
+        )
+
+    @parsing()
+    def is_file_choice(self, class_type: str, name: str) -> bool:
+        """Whether that input of a node is a choice among files, and not among ComfyUI's outputs."""
+        if class_type not in self._inputs:
+            self._inputs[class_type] = self._ask_inputs(class_type)
+        kind, *more = self._inputs[class_type].get(name) or [None]
+        options = more[0] if more and isinstance(more[0], dict) else {}
+        is_upload = any(each.endswith("_upload") for each in options)
+        is_choice = isinstance(kind, list) or kind == "COMBO" or is_upload
+        return is_choice and options.get("image_folder") != "output"
+
+    def reset(self) -> None:
+        """Forgets connections and classes: the next ComfyUI may be another."""
+        self._pool.clear()
+        self._inputs.clear()
+
+    @parsing()
+    def choices(self, class_type: str, name: str) -> list[str]:
+        """What ComfyUI offers for that input of a node."""
+        # [[choice, …], {…}] or, as newer nodes have it, ["COMBO", {"options": [choice, …]}]
+        kind, *more = self._ask_inputs(class_type)[name]
+        return [str(each) for each in (kind if isinstance(kind, list) else more[0]["options"])]
+
+    @parsing()
+    def _ask_inputs(self, class_type: str) -> JsonObject:
+        try:
+            classes = self.get(f"/object_info/{quote(class_type, safe='')}")
+        except CONNECTION_LOST:
+            raise unavailable("unreachable") from None
+        if class_type not in classes:
+            raise JobError(
+                422,
+                "workflow_rejected",
+                f"ComfyUI has no node {class_type}{HINTS['invalid_prompt']}",
+            )
+        inputs = classes[class_type]["input"]
+        return {**inputs.get("required", {}), **inputs.get("optional", {})}
+
+
+def _read_pieces(head: bytes, file: BinaryIO, tail: bytes) -> Iterator[bytes]:
+    yield head
+    while chunk := file.read(CHUNK_BYTES):
+        yield chunk
+    yield tail
+
+
+# ComfyUI: running a prompt ########################################################################
+
+OLDEST_COMFYUI = (0, 3, 45)  # July 2025: the first one that lets the caller choose the prompt id
+RECONNECT_SECONDS = 0.5
+CANCEL_TRIES = 3
+# The errors after which, in the words of CUDA's documentation, the process must be relaunched.
+GPU_FAULT = re.compile(
+    r"(CUDA|HIP) error: (an illegal|device-side assert|unspecified launch|misaligned|hardware"
+    r"|invalid program counter|the launch timed|uncorrectable|operation not supported on global)"
+    r"|.* error: \w+_EXECUTION_FAILED"
+)
+
+
+class PromptRunner:
+    """Runs one prompt at a time, and listens to the websocket that tells when it has ended."""
+
+    def __init__(self, api: ComfyUIApi) -> None:
+        self._api = api
+        self._settings = api.settings
+        self._health = api.health
+        self._socket: websocket.WebSocket | None = None
+        self._client_id = ""  # of the websocket's connection; empty while there is none
+        self._job: Job | None = None
+        self._forwarded_at = 0.0
+        self._last_error = ""
+        self._has_given_up = False
+
+    # The websocket
+
+    def listen(self) -> None:
+        """Keeps the websocket connected and drained, for ever."""
+        pause = Event()
+        while True:
+            try:
+                self._receive()
+            except Exception as error:  # whatever a server sends, the next one has to be heard
+                self._on_disconnect(str(error))
+            pause.wait(RECONNECT_SECONDS)  # nobody tells when a server comes up
+
+    def _receive(self) -> None:
+        with closing(self._connect()) as connection:
+            for frame in iter(connection.recv, ""):
+                if isinstance(frame, str):  # bytes are a preview
+                    self._on_frame(json.loads(frame))
+        raise ConnectionError("ComfyUI closed the websocket")
+
+    def _connect(self) -> websocket.WebSocket:
+        """Opens a connection with an id of its own.
+
+        ComfyUI may tell nothing to a second connection with the id of one that was lost.
+        """
+        about = self._api.ask_stats()
+        client_id = uuid4().hex
+        url = f"ws{self._api.url[4:]}/ws?clientId={client_id}"
+        # Handed a connected socket, websocket-client does not look for a proxy.
+        connection = websocket.create_connection(
+            url,
+            socket=connect(self._api.url, HTTP_SECONDS).sock,
+            skip_utf8_validation=True,
+            suppress_origin=True,
+        )
+        connection.recv()  # ComfyUI knows the client id once it has sent its first status
+        connection.settimeout(None)
+        if self._health.fault and not self._api.get(f"/history/{self._health.fault}"):
+            self._health.restarted()
+        self._socket, self._client_id = connection, client_id
+        self._health.connected()
+        self._forward(self._job, Message("connected"))
+        version, device, at = str(about["version"]), about["device"], self._api.url
+        log.info("WORKER_READY: connected to ComfyUI %s on %s at %s", version, device, at)
+        numbers = [int(each) for each in re.findall(r"\d+", version)[:3]]
+        if numbers < list(OLDEST_COMFYUI):
+            log.error(
+                "this ComfyUI is too old: update it to 0.3.45 or later,"
+                " which lets a caller choose the prompt id"
+            )
+        return connection
+
+    def _on_disconnect(self, error: str) -> None:
+        if self._client_id:
+            log.warning("lost the connection to ComfyUI: %s", error)
+        elif error != self._last_error:
+            log.warning("cannot reach ComfyUI: %s", error)
+        self._last_error, self._client_id = error, ""
+        self._api.reset()
+        self._health.disconnected()
+        self._forward(self._job, Message("connection_lost"))
+        is_given_up = self._health.needs_restart
+        if is_given_up and not self._has_given_up and not self._health.fault:  # which was logged
+            log.error(
+                "WORKER_ERROR: ComfyUI is not back in order after %g s",
+                self._settings.comfyui_return_timeout,
+            )
+        self._has_given_up = is_given_up
+
+    def _on_frame(self, message: Any) -> None:
+        """Passes on what the job needs; waking its thread for all takes 4 % of a short job."""
+        # Custom nodes send what they like.
+        with suppress(AttributeError, KeyError, TypeError):
+            job, kind, data = self._job, str(message["type"]), message["data"]
+            if not job or data["prompt_id"] != job.prompt_id:
+                return
+            is_step = kind in ("execution_start", "execution_error") or _is_end(kind, data)
+            # The rest shows now and then that the connection lives.
+            is_due = monotonic() - self._forwarded_at > self._settings.comfyui_silence_timeout / 2
+            if is_step or job.on_event or is_due:
+                self._forward(job, Message(kind, data))
+
+    def _forward(self, job: Job | None, message: Message) -> None:
+        if job:
+            self._forwarded_at = monotonic()
+            job.inbox.put(message)
+
+    # One prompt
+
+    def run(self, job: Job) -> None:
+        """Runs the job's workflow to its end; `find_history` then has what became of it.
+
+        Raises JobError: workflow_rejected, timeout, cancelled, comfyui_lost, comfyui_error, or the
+        error of `job.abort`.
+        """
+        self._job = job
+        self._health.prompt_started()
+        may_be_queued = False  # in ComfyUI, with nobody who waits for it
+        try:
+            for _ in range(2):
+                client_id = self._submit(job)
+                may_be_queued = True
+                if self._wait(job, client_id):
+                    may_be_queued = False
+                    return
+                log.warning("job %s: ComfyUI has lost its prompt", job.id)
+        finally:
+            self._job = None
+            self._health.prompt_ended()
+            if may_be_queued:
+                self._cancel(job)
+        raise JobError(
+            502,
+            "comfyui_lost",
+            "ComfyUI died twice under this job: it may be the job that kills it",
+        )
+
+    def _submit(self, job: Job) -> str:
+        """Posts the prompt; returns the client id that is told of it, "" if the answer was lost."""
+        client_id = str(self._api.retry_while_away(job, self._get_client_id))
+        prompt = {"prompt": job.workflow, "prompt_id": job.prompt_id, "client_id": client_id}
+        if job.settings.comfy_org_api_key:
+            prompt["extra_data"] = {"api_key_comfy_org": job.settings.comfy_org_api_key}
+        try:
+            status, answer = self._api.exchange("/prompt", prompt)
+        except CONNECTION_LOST:
+            return ""  # the history will tell
+        finally:
+            job.submitted.set()
+        with parsing():
+            if status == 400:
+                raise rejection(answer, job.workflow, self._api.choices)
+            if status != 200 or answer["prompt_id"] != job.prompt_id:
+                raise unusable_answer(f"POST /prompt with {status}")
+            if errors := answer.get("node_errors"):
+                dropped = describe_node_errors(errors, job.workflow, self._api.choices)
+                warning = f"ComfyUI dropped the outputs that depend on invalid nodes: {dropped}"
+                if warning not in job.warnings:  # of the first run of a job that is run again
+                    job.warnings.append(warning)
+        return client_id
+
+    def _get_client_id(self) -> str:
+        if self._health.fault:
+            raise ConnectionError("its GPU is broken")
+        if not self._client_id:
+            raise ConnectionError("its websocket cannot be reached")
+        return self._client_id
+
+    def _wait(self, job: Job, client_id: str) -> bool:
+        """Whether the prompt has ended; False where ComfyUI lost it with its connection."""
+        progress = Progress(job)
+        deadline = math.inf
+        while True:
+            # A connection that was lost takes its client's messages with it.
+            is_told = client_id != "" and client_id == self._client_id
+            pause = self._settings.comfyui_silence_timeout if is_told else LOOK_UP_SECONDS
+            message = job.next_message(max(0, min(pause, deadline - monotonic())))
+            if deadline == math.inf and (message.type == "execution_start" or not is_told):
+                deadline = monotonic() + (self._settings.job_timeout or math.inf)
+            self._on_message(job, progress, message)
+            if _is_end(message.type, message.data):
+                return True
+            if message.type in ("silence", "connection_lost", "connected"):
+                found = self._api.retry_while_away(job, lambda: self._look_up(job))
+                if is_told and client_id == self._client_id:
+                    self._check_told(found, message)
+                if found != "queued":
+                    return bool(found == "ended")
+            if monotonic() > deadline:
+                limit = self._settings.job_timeout
+                raise JobError(
+                    504, "timeout", f"the job took more than the {limit:g} s of JOB_TIMEOUT"
+                )
+
+    def _check_told(self, found: str, message: Message) -> None:
+        """Draws the conclusion from a prompt that is not where a live connection left it."""
+        if found == "lost":
+            raise JobError(499, "cancelled", "the job was deleted from ComfyUI's queue")
+        if found == "ended" and message is SILENCE and self._socket:
+            self._socket.abort()  # type: ignore[no-untyped-call]  # it did not tell: replace it
+
+    def _on_message(self, job: Job, progress: Progress, message: Message) -> None:
+        """Takes note of what ComfyUI tells of a running job; what makes no sense costs no job."""
+        with suppress(JobError, *CONNECTION_LOST), parsing():
+            if message.type == "execution_error":
+                self._check_gpu(job, message.data["exception_message"])
+            if message.type == "execution_cached" and job.on_event:
+                progress.begin(self._find_output_nodes(job), message.data["nodes"])
+            if message.type == "progress_state" and job.on_event:
+                progress.update(message.data["nodes"])
+
+    def _find_output_nodes(self, job: Job) -> list[str]:
+        """The nodes that ComfyUI runs the prompt for: those outputs that it accepted."""
+        for item in self._api.get("/queue")["queue_running"]:
+            if item[1] == job.prompt_id:
+                return list(item[4])
+        return []
+
+    @parsing()
+    def _look_up(self, job: Job) -> str:
+        """'ended', the history being the job's then, 'queued' while ComfyUI has it, else 'lost'."""
+        for _ in range(2):  # it may end between the two questions
+            job.history = self._api.find_history(job.prompt_id)
+            if job.history:
+                messages = failure_messages(job.history) or {}
+                error = messages.get("execution_error", {})
+                self._check_gpu(job, str(error.get("exception_message", "")))
+                return "ended"
+            if self._api.is_queued(job.prompt_id):
+                return "queued"
+        return "lost"
+
+    def _check_gpu(self, job: Job, message: str) -> None:
+        if GPU_FAULT.match(message) and self._health.fault != job.prompt_id:
+            log.error(
+                "WORKER_ERROR: job %s has broken the GPU; nothing runs until ComfyUI restarts",
+                job.id,
+            )
+            self._health.gpu_broken(job.prompt_id)
+
+    def _cancel(self, job: Job) -> None:
+        """Has ComfyUI forget the prompt; a ComfyUI that is away is asked once."""
+        for _ in range(1 if self._health.is_failing else CANCEL_TRIES):
+            try:
+                self._api.cancel(job.prompt_id)
+                return
+            except (*CONNECTION_LOST, JobError):
+                Event().wait(RECONNECT_SECONDS)
+
+    def read_history(self, job: Job) -> None:
+        """Looks up, without the GPU, what became of a job; output_missing if ComfyUI forgot it."""
+        if not job.history:
+            found = self._api.retry_while_away(job, lambda: self._look_up(job))
+            if found != "ended":
+                raise JobError(502, "output_missing", "ComfyUI died with the job's history")
+        if key := job.settings.comfy_org_api_key:
+            # Partner nodes are given it, and may show it anywhere; files have to keep their names.
+            hidden = map_strings(job.history, lambda text: text.replace(key, "***"))
+            job.history = {**hidden, "outputs": job.history.get("outputs")}
+
+
+def _is_end(kind: str, data: JsonObject) -> bool:
+    """Whether a prompt has ended and its history is written, which no other message tells."""
+    return kind == "executing" and data.get("node", "") is None
+
+
+class Progress:
+    """How far a job is: cached nodes count as done, and steps as parts of their node.
+
+    Nodes that no accepted output depends on do not count.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._needed: dict[str, bool] = {}  # node id: whether it is cached
+
+    def begin(self, output_nodes: list[str], cached: list[str]) -> None:
+        """Takes the ids of the nodes that the job is run for, and of those that are cached."""
+        graph, ahead = self._job.workflow, list(output_nodes)
+        while ahead:
+            node_id = ahead.pop()
+            if node_id in self._needed:
+                continue
+            self._needed[node_id] = node_id in cached
+            links = () if node_id in cached else graph[node_id]["inputs"].values()
+            for link in links:
+                if isinstance(link, list) and len(link) == 2 and link[0] in graph:
+                    ahead.append(link[0])
+        self.update({})
+
+    def update(self, states: JsonObject) -> None:
+        """Takes the states of nodes that have begun: {id: {"value": …, "max": …, "state": …}}."""
+        done = 0.0
+        for node_id, is_cached in self._needed.items():
+            state = states.get(node_id, {"value": 0, "max": 1})
+            done += 1 if is_cached else min(1, state["value"] / (state["max"] or 1))
+        percent = round(100 * done / (len(self._needed) or 1), 1)
+        self._job.percent = max(self._job.percent, percent)  # a job that is run again begins anew
+        # The node that runs, else the one that began last; the submitted one if it expanded.
+        by_state = sorted(states.items(), key=lambda each: each[1]["state"] == "running")
+        node_id, state = by_state[-1] if by_state else ("", {})
+        node_id = state.get("display_node_id", node_id)
+        node_type = self._job.workflow.get(str(node_id), {}).get("class_type")
+        self._job.notify(
+            "progress",
+            node_id=node_id or None,
+            node_type=node_type,
+            value=state.get("value"),
+            max=state.get("max"),
+            percent=self._job.percent,
+        )
+
+
+# Delivery #########################################################################################
+
+SPOOL_BYTES = 1 << 20  # of an owed webhook that are kept in memory; a larger one waits on disk
+
+
+def deliver(job: Job, api: ComfyUIApi) -> None:
+    """Puts into `job.outputs` every text, and every file that is no preview.
+
+    A file gets its mimetype, its size, and a url or data. The first failure (upload_failed,
+    output_missing, comfyui_error) is raised once all the others are delivered.
+    """
+    made = read_outputs(job.history, job.workflow)
+    job.outputs = [output for output in made if output.get("type") != "temp"]
+    if not job.outputs and failure_messages(job.history) is None:
+        what = "only previews (type temp), which are not delivered" if made else "no outputs"
+        job.warnings.append(f"the job made {what}; use a node that saves, such as SaveImage")
+    is_shown = not job.request.wants_file or job.settings.webhook_url != ""
+    deliver_files(job, api, is_shown)
+
+
+def deliver_files(job: Job, api: ComfyUIApi, is_shown: bool) -> None:
+    """Delivers the job's files, a few at a time. is_shown: somebody will see the envelope."""
+    if len(job.files) == 1:  # without the cost of a thread
+        _deliver_file(job, api, is_shown, job.files[0])
+        return
+    with ThreadPoolExecutor(PARALLEL_FILES) as pool:
+        deliveries = [
+            pool.submit(_deliver_file, job, api, is_shown, output) for output in job.files
+        ]
+    for each in deliveries:  # all have ended
+        each.result()
+
+
+def _deliver_file(job: Job, api: ComfyUIApi, is_shown: bool, output: Output) -> None:
+    if folder := job.settings.comfyui_install_path:
+        names = (output["type"], output["subfolder"], output["filename"])
+        path = os.path.abspath(os.path.join(folder, *names))
+        if os.path.isfile(path):
+            output["local_path"] = path
+    api.retry_while_away(job, lambda: _deliver_content(job, api, is_shown, output))
+
+
+def _deliver_content(job: Job, api: ComfyUIApi, is_shown: bool, output: Output) -> None:
+    """Uploads or embeds the file. Called again, it does not send again what S3 has taken."""
     preview = preview_of(job, output)
     try:
         if job.settings.s3_bucket_name and "url" not in output:
-            _upload(job, comfyui, output, preview)
-    finally:
-        if job.return_outputs_as_base64 or "url" not in output:
-            _embed(job, comfyui, output, preview)
+            upload_to_s3(job, api, output, preview)
+    finally:  # the work is not lost when S3 fails
+        if job.request.return_outputs_as_base64 or "url" not in output:
+            _embed(job, api, is_shown, output, preview)
 
 
-def _embed(job: Job, comfyui: ComfyUI, output: Output, preview: str) -> None:
+def _embed(job: Job, api: ComfyUIApi, is_shown: bool, output: Output, preview: str) -> None:
     """Puts the file's bytes into the output if they are wanted; mimetype and size always are."""
     limit = job.settings.output_base64_max_bytes
-    is_shown = job.accept in (JSON, EVENT_STREAM) or job.settings.webhook_url
-    is_wanted = (job.return_outputs_as_base64 and is_shown) or "upload_error" in output
-    with comfyui.open(output, preview) as file:
-        if is_wanted and output["size"] > limit:
+    is_wanted = job.request.return_outputs_as_base64 and is_shown
+    with api.view(output, preview) as file:
+        if not is_wanted and "upload_error" not in output:
+            return
+        if output["size"] > limit:
             output["error"] = (
-                f"{output['size']} bytes are more than the {limit} of OUTPUT_BASE64_MAX_BYTES; use S3"
+                f"{output['size']} bytes are more than the {limit} of OUTPUT_BASE64_MAX_BYTES;"
+                " use S3"
             )
-        elif is_wanted:
+        else:
             output["data"] = base64.b64encode(file.read())
 
 
 def preview_of(job: Job, output: Output) -> str:
-    """What ComfyUI's /view is to convert the file to, such as "webp;90"; empty where it stays as it is."""
-    wanted = job.output_format and is_still(output, job.entry)
-    return f"{job.output_format};{job.output_quality}" if wanted else ""
+    """What /view is to convert the file to, such as "webp;90"; empty where it stays as it is."""
+    wanted = job.request.output_format
+    if not wanted or not is_still_image(output, job.history):
+        return ""
+    return f"{wanted};{job.request.output_quality}"
 
 
 def delivered_name(output: Output, preview: str) -> str:
     """The file's name, with the extension of what it is converted to."""
-    name = output["filename"]
-    return f"{os.path.splitext(name)[0]}.{preview.partition(';')[0]}" if preview else name
+    name: str = output["filename"]
+    if not preview:
+        return name
+    return f"{os.path.splitext(name)[0]}.{preview.partition(';')[0]}"
 
 
-def choose(job: Job, comfyui: ComfyUI) -> None:
-    """Chooses the file whose bytes the client is to have; 406 where none fits, with all of them in the envelope."""
+def choose_answer_file(job: Job, api: ComfyUIApi) -> None:
+    """Chooses the file whose bytes the client is to have.
+
+    Where none fits, it raises the 406 not_acceptable, with all of them in the envelope.
+    """
+    accept = job.request.accept
     for output in job.files:
-        if fnmatch.fnmatchcase(output["mimetype"], job.accept):
-            job.answer_file = output
-        elif job.accept in ("image/webp", "image/jpeg") and is_still(output, job.entry):
-            job.answer_file, job.output_format = output, job.accept.partition("/")[2]
-        if job.answer_file:
+        if fnmatch.fnmatchcase(output["mimetype"], accept):
+            job.answer_file, job.answer_preview = output, preview_of(job, output)
             return
+        if accept in ("image/webp", "image/jpeg") and is_still_image(output, job.history):
+            job.answer_file = output
+            job.answer_preview = f"{accept.removeprefix('image/')};{job.request.output_quality}"
+            return
+    deliver_files(job, api, is_shown=True)
     made = ", ".join(output["mimetype"] for output in job.files) or "no file"
-    error = JobError(406, "not_acceptable", f"no output is {job.accept}; there is {made}")
-    job.accept = JSON
-    raise _deliver_files(job, comfyui) or error
+    raise JobError(406, "not_acceptable", f"no output is {accept}; there is {made}")
 
 
-def _upload(job: Job, comfyui: ComfyUI, output: Output, preview: str) -> None:
+# S3
+
+
+def upload_to_s3(job: Job, api: ComfyUIApi, output: Output, preview: str) -> None:
+    """Streams the file from ComfyUI to S3 and sets its url; raises upload_failed."""
     from boto3.s3.transfer import TransferConfig
     from botocore.exceptions import BotoCoreError, ClientError
 
+    settings = job.settings
     folders = output["subfolder"].replace("\\", "/").split("/")
-    name = delivered_name(output, preview)
-    key = "/".join(part for part in (str(job.request_id), *folders, name) if part)
-    where = {"Bucket": job.settings.s3_bucket_name, "Key": job.settings.s3_prefix + key}
-    # without threads a stream is uploaded in 8 MB of memory instead of 120
+    parts = [str(job.id), *folders, delivered_name(output, preview)]
+    key = settings.s3_prefix + "/".join(part for part in parts if part)
+    client = s3_client(settings, "s3_endpoint_url" in job.request.overridden)
+    # Without threads, a stream is uploaded in 8 MB of memory instead of 120.
     config = TransferConfig(use_threads=False)
-    client = s3_client(job.settings, "s3_endpoint_url" in job.chosen)
     try:
-        with comfyui.open(output, preview) as file:
-            client.upload_fileobj(
-                file, *where.values(), {"ContentType": output["mimetype"]}, Config=config
-            )
-    # the rest: what boto3 trips over in answers that are no S3's, and in redirects without end
+        with api.view(output, preview) as file:
+            more = {"ContentType": output["mimetype"]}
+            client.upload_fileobj(file, settings.s3_bucket_name, key, more, Config=config)
+    # Beyond boto3's own errors: what it raises over answers that are no S3's, and over redirects
+    # without end.
     except (BotoCoreError, ClientError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        output["upload_error"] = _without_keys(str(error), job.settings)
+        output["upload_error"] = _hide_keys(str(error), settings)
         message = f"S3 did not take {output['filename']}: {output['upload_error']}"
         raise JobError(502, "upload_failed", message) from None
-    output["url"] = client.generate_presigned_url("get_object", where, job.settings.s3_url_expires)
+    where = {"Bucket": settings.s3_bucket_name, "Key": key}
+    output["url"] = client.generate_presigned_url("get_object", where, settings.s3_url_expires)
     output.pop("upload_error", None)  # of a try before this one
 
 
+S3_CLIENT_SETTINGS = (
+    "s3_access_key_id",
+    "s3_secret_access_key",
+    "s3_endpoint_url",
+    "s3_region",
+    "s3_connect_timeout",
+    "s3_connect_attempts",
+)
+
+
 def s3_client(settings: Settings, is_direct: bool = False) -> Any:
-    """A boto3 client for the settings' S3, past any proxy if it is to be `is_direct`; 400 where none can be made."""
-    names = (
-        "access_key_id",
-        "secret_access_key",
-        "endpoint_url",
-        "region",
-        "connect_timeout",
-        "connect_attempts",
-    )
-    return _s3_client(is_direct, *(getattr(settings, f"s3_{name}") or None for name in names))
+    """A boto3 client for the settings' S3; 400 where none can be made.
+
+    is_direct: past any proxy of the environment.
+    """
+    relevant = {name: getattr(settings, name) for name in S3_CLIENT_SETTINGS}
+    return _s3_client(Settings(**relevant), is_direct)
 
 
-@functools.lru_cache(maxsize=32)  # making a client takes 100 ms; threads can share it
-def _s3_client(
-    is_direct: bool,
-    key: Any,
-    secret: Any,
-    endpoint: Any,
-    region: Any,
-    timeout: float,
-    attempts: int,
-) -> Any:
+@lru_cache(maxsize=32)  # making a client takes 100 ms; threads can share it
+def _s3_client(settings: Settings, is_direct: bool) -> Any:
     try:
         import boto3
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
     except ImportError:  # not every worker needs S3
         raise invalid("this worker cannot use S3: its operator has to pip install boto3") from None
+    endpoint = settings.s3_endpoint_url or None
     config = Config(
         signature_version="s3v4",
-        # with "auto", AWS' presigned URLs lead to us-east-1, whatever the region
+        # With "auto", AWS' presigned URLs lead to us-east-1, whatever the region.
         s3={"addressing_style": "path" if endpoint else "virtual"},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
-        connect_timeout=timeout,
-        read_timeout=timeout,
+        connect_timeout=settings.s3_connect_timeout,
+        read_timeout=settings.s3_connect_timeout,
         proxies={} if is_direct else None,
-        retries={"mode": "standard", "total_max_attempts": attempts},
+        retries={"mode": "standard", "total_max_attempts": settings.s3_connect_attempts},
     )
-    region = region or ("us-east-1" if endpoint else None)
+    region = settings.s3_region or ("us-east-1" if endpoint else None)
+    keys = (settings.s3_access_key_id or None, settings.s3_secret_access_key or None)
     try:
-        session = boto3.Session(key, secret)
+        session = boto3.Session(*keys)
         client = session.client("s3", region, endpoint_url=endpoint, config=config)
-        if session.get_credentials():
-            return client
+        has_keys = session.get_credentials() is not None
     except (BotoCoreError, ValueError) as error:
         raise invalid(f"the S3 settings cannot be used: {error}") from None
-    raise invalid(
-        "there are no keys for S3: give s3.access_key_id and s3.secret_access_key, or set them as variables"
-    )
+    if not has_keys:
+        raise invalid(
+            "there are no keys for S3:"
+            " give s3.access_key_id and s3.secret_access_key, or set them as variables"
+        )
+    return client
 
 
-def _without_keys(text: str, settings: Settings) -> str:
-    for key in filter(None, (settings.s3_secret_access_key, settings.s3_access_key_id)):
-        text = text.replace(key, "***")
+def _hide_keys(text: str, settings: Settings) -> str:
+    for key in (settings.s3_secret_access_key, settings.s3_access_key_id):
+        if key:
+            text = text.replace(key, "***")
     return str(scrub(re.sub(r"(?i)(signature=)[\w%]+", r"\1***", text)))
 
 
-def encode(answer: dict[str, Any]) -> list[bytes]:
-    """The answer's JSON in pieces: base64 that the outputs hold as bytes is not copied, and not looked through."""
+# Webhooks
+
+
+def encode(answer: JsonObject) -> list[bytes]:
+    """The answer's JSON in pieces; base64 that outputs hold as bytes is neither copied nor read."""
     files: list[bytes] = []
-    mark = uuid.uuid4().hex
+    mark = uuid4().hex
 
     def put_aside(data: bytes) -> str:
         files.append(data)
         return mark
 
     pieces = json.dumps(answer, default=put_aside).encode().split(mark.encode())
-    return [piece for pair in zip(pieces, [*files, b""], strict=True) for piece in pair]
+    for place, file in enumerate(files):
+        pieces.insert(2 * place + 1, file)
+    return pieces
 
 
-def spooled(pieces: list[bytes]) -> Any:
+@dataclass(frozen=True, repr=False)  # it holds a secret, which a repr would show
+class Webhook:
+    """A message that is owed to a receiver; whole, so that its job need not be kept."""
+
+    id: str  # one for each run of a job, the same on every try
+    job_id: str | None
+    settings: Settings
+    is_public_only: bool
+    body: BinaryIO
+
+
+def make_webhook(job: Job, answer: JsonObject) -> Webhook:
+    """The message about a job that has ended with this answer."""
+    body = _spool(encode({**answer, "extra": job.request.extra_params}))
+    is_public_only = job.request.is_public_only("webhook_url")
+    return Webhook(job.prompt_id, job.id, job.settings, is_public_only, body)
+
+
+def _spool(pieces: list[bytes]) -> Any:
     """A file of the pieces, on disk where it is large and the disk has room."""
     try:
-        file = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115
+        file = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115  # closed when delivered
         file.writelines(pieces)
         return file
     except OSError:
         return io.BytesIO(b"".join(pieces))
 
 
-def post_webhook(job: Job, body: bytes) -> str:
-    """One try, signed after the Standard Webhooks specification; "" where it was delivered, else what became of it.
+def deliver_webhook(webhook: Webhook) -> str:
+    """Posts the message until its receiver takes or refuses it, or there is no pause left.
 
-    What begins with "failed" is worth another try.
+    Returns 'delivered' or 'failed'.
     """
-    settings, timestamp = job.settings, str(int(time.time()))
-    headers = {"webhook-id": job.prompt_id, "webhook-timestamp": timestamp}
+    pauses = [float(each) for each in webhook.settings.webhook_retry_pauses.split(",")]
+    while True:
+        pause = pauses.pop(0) if pauses else None
+        try:
+            post_webhook(webhook)
+            return "delivered"
+        except (*CONNECTION_LOST, UnicodeError) as error:  # UnicodeError: of a host's name
+            trouble = f"failed: {error}"
+        except ValueError as error:
+            trouble, pause = str(error), None
+        if pause is None:
+            log.error("the webhook of job %s was not delivered: %s", webhook.job_id, trouble)
+            return "failed"
+        message = "the webhook of job %s: %s; it is tried again in about %g s"
+        log.warning(message, webhook.job_id, trouble, pause)
+        Event().wait(pause * random.uniform(0.8, 1.2))
+
+
+def post_webhook(webhook: Webhook) -> None:
+    """One try, signed as the Standard Webhooks specification has it.
+
+    Raises CONNECTION_LOST where another try may succeed, ValueError where the receiver refuses.
+    """
+    settings, timestamp = webhook.settings, str(int(time.time()))
+    webhook.body.seek(0)
+    body = webhook.body.read()
+    headers = {"webhook-id": webhook.id, "webhook-timestamp": timestamp}
     if settings.webhook_secret:
-        signed = f"{job.prompt_id}.{timestamp}.".encode() + body
+        signed = f"{webhook.id}.{timestamp}.".encode() + body
         digest = hmac.digest(settings.webhook_secret, signed, "sha256")
         headers["webhook-signature"] = f"v1,{base64.b64encode(digest).decode()}"
-    is_public_only = job.distrusts("webhook_url")
-    try:
-        # a redirect is no delivery: a signed message goes where it was meant to go, or nowhere
-        with request(
-            settings.webhook_url, settings.webhook_timeout, body, headers, None, is_public_only
-        ) as response:
-            status = response.status
-    except (
-        *CONNECTION_LOST,
-        UnicodeError,
-    ) as error:  # UnicodeError: of a name that cannot be looked up
-        return f"failed: {error}"
-    is_passing = status in (408, 429) or status >= 500
-    return (
-        ""
-        if 200 <= status < 300
-        else f"{'failed' if is_passing else 'refused'} with status {status}"
-    )
+    # A redirect is no delivery: a signed message goes where it was meant to go, or nowhere.
+    with http_exchange(
+        settings.webhook_url,
+        settings.webhook_timeout,
+        body,
+        headers,
+        is_public_only=webhook.is_public_only,
+    ) as response:
+        status = response.status
+    if status in (408, 429) or status >= 500:
+        raise ConnectionError(f"status {status}")
+    if not 200 <= status < 300:
+        raise ValueError(f"refused with status {status}")
 
 
-def deliver_webhook(job: Job, body: BinaryIO) -> bool:
-    """Posts the message until its receiver takes or refuses it, five times at most, over ten minutes or more."""
-    pause = threading.Event()
-    for seconds in (*WEBHOOK_PAUSES_SECONDS, 0):
-        body.seek(0)
-        trouble = post_webhook(job, body.read())
-        if not trouble.startswith("failed") or not seconds:
-            break
-        log.warning(
-            "the webhook of job %s: %s; it is tried again in about %g s",
-            job.request_id,
-            trouble,
-            seconds,
-        )
-        pause.wait(seconds * random.uniform(0.8, 1.2))
-    if trouble:
-        log.error("the webhook of job %s was not delivered: %s", job.request_id, trouble)
-    return not trouble
+# Worker ###########################################################################################
 
-
-# Worker ###############################################################################################################
-
-TURN: Message = {"type": "turn"}
-MOVED: Message = {"type": "moved"}
 CUT_SHORT = "the worker had to stop before the job ended"
-HEAD_START_SECONDS = (
-    0.02  # that the next prompt has at most before the one that has ended is looked up
-)
 CANCEL_SECONDS = 10  # that cancelled jobs get to be answered before the worker exits
-METRICS = {  # of GET /metrics, each after "pyworker_": type, help
-    "jobs_total": (
-        "counter",
-        "Jobs that have ended or were refused, by outcome: completed, or the type of the error.",
-    ),
-    "cost_total": ("counter", "Cost of the jobs that found a place in the queue: 100 each."),
-    "jobs_waiting": ("gauge", "Jobs that wait for the GPU."),
-    "jobs_running": ("gauge", "Jobs on the GPU: 0 or 1."),
-    "queue_seconds": ("summary", "Time that jobs waited for the GPU."),
-    "generation_seconds": ("summary", "Time that jobs had the GPU."),
-    "delivery_seconds": ("summary", "Time that the delivery of outputs took."),
-    "delivered_bytes_total": (
-        "counter",
-        "Size of the files that were delivered, to S3 or in the answer.",
-    ),
-    "webhooks_total": (
-        "counter",
-        "Webhooks whose delivery has ended, by outcome: delivered or failed.",
-    ),
-    "comfyui_up": ("gauge", "Whether ComfyUI is in order: 0 or 1."),
+MAX_RUNS = 3  # of a job whose cached files are gone: a busy ComfyUI may clear its cache late
+METRICS = {  # of GET /metrics, each after "pyworker_"
+    "jobs_total": "Jobs that ended or were refused, by outcome: completed, or the error's type.",
+    "cost_total": "Cost of the jobs that found a place in the queue: 100 each.",
+    "jobs_waiting": "Jobs that wait for the GPU.",
+    "jobs_running": "Jobs on the GPU: 0 or 1.",
+    "queue_seconds": "Time that jobs waited for the GPU.",
+    "generation_seconds": "Time that jobs had the GPU.",
+    "delivery_seconds": "Time that the delivery of outputs took.",
+    "delivered_bytes_total": "Size of the files that were delivered, to S3 or in the answer.",
+    "webhooks_total": "Webhooks whose delivery has ended, by outcome: delivered or failed.",
+    "comfyui_up": "Whether ComfyUI is in order: 0 or 1.",
 }
 
 
-class Line:
+class Metrics:
+    """The numbers of GET /metrics: for each of METRICS, its samples by label or part."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._samples: dict[str, dict[str, float]] = {name: {} for name in METRICS}
+
+    def add(self, name: str, amount: float = 1, part: str = "") -> None:
+        """Adds to a sample. part: what follows the metric's name, such as "_sum" or its label."""
+        with self._lock:
+            samples = self._samples[name]
+            samples[part] = samples.get(part, 0) + amount
+
+    def observe(self, name: str, value: float) -> None:
+        """Adds a value to a summary."""
+        self.add(name, value, "_sum")
+        self.add(name, 1, "_count")
+
+    def render(self, **gauges: float) -> str:
+        """All of them, and the gauges, in Prometheus' text format."""
+        lines = []
+        for name, help in METRICS.items():
+            kind = "summary" if name.endswith("_seconds") else "gauge"
+            kind = "counter" if name.endswith("_total") else kind
+            lines.append(f"# HELP pyworker_{name} {help}")
+            lines.append(f"# TYPE pyworker_{name} {kind}")
+            with self._lock:
+                samples = dict(self._samples[name])
+            for part, value in (samples or {"": gauges.get(name, 0)}).items():
+                lines.append(f"pyworker_{name}{part} {float(value)}")
+        return "\n".join([*lines, ""])
+
+
+class GpuQueue:
     """The lock around the GPU: the first job runs, the others wait, first ready first served."""
 
-    def __init__(self, max_waiting: int) -> None:
-        self._lock = threading.Lock()
-        self._max_waiting = max_waiting
+    def __init__(self, settings: Settings) -> None:
+        self._max_waiting = settings.max_queue_size
+        self._head_start = settings.prompt_head_start
+        self._lock = Lock()
         self._is_closed = False
         self.jobs: list[Job] = []
 
-    @contextlib.contextmanager
-    def turn(self, job: Job) -> Iterator[None]:
-        """The job's time on the GPU, entered when its turn comes; 503 without a place, or what `job.stop` was given."""
+    def join(self, job: Job) -> None:
+        """Takes a place for the job, to be left with `leave`; 503 where there is none."""
         with self._lock:
             if self._is_closed:
-                raise not_ready("stopping")
-            if len(self.jobs) > self._max_waiting and not job.was_accepted:
+                raise unavailable("stopping")
+            # A job that is run again has been counted already.
+            if len(self.jobs) > self._max_waiting and not job.is_accepted:
                 raise JobError(
                     503,
                     "queue_full",
                     f"{self._max_waiting} jobs are waiting already; try again later",
                 )
             self.jobs.append(job)
-            job.was_accepted = True
             self._call_first()
-        try:
-            with job.timed("queue_ms"):
-                job.tell("queued", position=max(1, self.jobs.index(job)))
-                while (
-                    job.next_message() != TURN
-                ):  # the line has moved, or it is old news of a job that is run again
-                    job.tell("queued", position=max(1, self.jobs.index(job)))
-            job.tell("started")
-            yield
-        finally:
-            with self._lock:
-                self.jobs.remove(job)
-                job.is_submitted.set()  # or never will be
-                self._call_first()
-                for each in filter(
-                    lambda job: job.on_event, self.jobs[1:]
-                ):  # the others need not wake up for it
+        if not job.is_accepted:
+            job.is_accepted = True
+            if job.on_accepted:
+                job.on_accepted()
+
+    def wait_for_turn(self, job: Job) -> None:
+        """Returns when the job is the first; raises the error of `job.abort`."""
+        message = MOVED
+        while message is not TURN:
+            # What else comes is old news, of a job that is run again.
+            job.notify("queued", position=max(1, self.jobs.index(job)))
+            message = job.next_message()
+        job.notify("started")
+
+    def leave(self, job: Job) -> None:
+        """Gives the job's place back, and the turn to the next one."""
+        with self._lock:
+            self.jobs.remove(job)
+            job.has_turn = False
+            job.submitted.set()  # or it never will be
+            self._call_first()
+            for each in self.jobs[1:]:
+                if each.on_event:  # the others need not wake up for it
                     each.inbox.put(MOVED)
-        # asked for our history first, ComfyUI would have the GPU wait 0.4 ms longer, which costs short jobs 5 %
-        with job.timed("postprocess_ms"):
-            for following in self.jobs[:1]:
-                following.is_submitted.wait(HEAD_START_SECONDS)
+
+    def give_head_start(self) -> None:
+        """Waits until the next prompt is submitted, if there is one, but not for long.
+
+        Asked for a history first, ComfyUI would have the GPU wait 0.4 ms longer, which costs short
+        jobs 5 %.
+        """
+        for following in self.jobs[:1]:
+            following.submitted.wait(self._head_start)
 
     def _call_first(self) -> None:
         if self.jobs and not self.jobs[0].has_turn:
@@ -1839,50 +2160,47 @@ class Line:
         with self._lock:
             self._is_closed = True
             for job in self.jobs[1:]:
-                job.stop(
-                    JobError(499, "cancelled", CUT_SHORT) if job.is_async else not_ready("stopping")
-                )
+                is_promised = job.request.is_async
+                cancelled = JobError(499, "cancelled", CUT_SHORT)
+                job.abort(cancelled if is_promised else unavailable("stopping"))
 
 
-class Clients:
-    """Stops the job of a client that goes away, or only shuts down its sending side: they look the same."""
+class HangUpWatcher:
+    """Aborts the job of a client that disconnects, or only shuts down its sending side.
+
+    The two look the same. Only Linux tells of them while bytes are unread; elsewhere a job runs to
+    its end.
+    """
 
     def __init__(self) -> None:
-        self._jobs: dict[int, Job] = {}
-        # only Linux tells of a hang-up while bytes are unread; elsewhere a job runs to its end
+        self._jobs: dict[int, Job] = {}  # by the descriptor of their client's connection
         self._poll = select.epoll() if hasattr(select, "epoll") else None
         if self._poll:
-            threading.Thread(
-                target=self._listen, args=[self._poll], name="hang-ups", daemon=True
-            ).start()
+            start_thread("hang-ups", self._listen, self._poll)
 
-    @contextlib.contextmanager
+    @contextmanager
     def watch(self, job: Job) -> Iterator[None]:
-        """Stops the job in the block when its client goes, unless a webhook is to hear of it."""
+        """Aborts the job in the block when its client goes, unless a webhook is to hear of it."""
         if not self._poll or not job.connection or job.settings.webhook_url:
             yield
             return
-        number = job.connection.fileno()
-        self._jobs[number] = job
-        self._poll.register(number, select.EPOLLRDHUP | select.EPOLLONESHOT)
+        descriptor = job.connection.fileno()
+        self._jobs[descriptor] = job
+        self._poll.register(descriptor, select.EPOLLRDHUP | select.EPOLLONESHOT)
         try:
             yield
         finally:
-            self._poll.unregister(number)
-            del self._jobs[number]
+            self._poll.unregister(descriptor)
+            del self._jobs[descriptor]
 
     def _listen(self, poll: Any) -> None:
         while True:
-            for number, _ in poll.poll():
-                job = self._jobs.get(number)
-                if job and _is_gone(number):  # the number may be another connection's by now
-                    job.stop(JobError(499, "cancelled", "the client closed its connection"))
-
-
-def _is_gone(number: int) -> bool:
-    poll = select.poll()
-    poll.register(number, select.POLLRDHUP)
-    return bool(poll.poll(0))
+            for descriptor, _ in poll.poll():
+                job = self._jobs.get(descriptor)
+                again = select.poll()  # the descriptor may be another connection's by now
+                again.register(descriptor, select.POLLRDHUP)
+                if job and again.poll(0):
+                    job.abort(JobError(499, "cancelled", "the client closed its connection"))
 
 
 class Worker:
@@ -1890,207 +2208,200 @@ class Worker:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._changed = threading.Condition()
-        self._under_way = 0  # requests that are not answered yet, webhooks that are owed
-        self._counts: dict[str, float] = collections.defaultdict(float)  # of METRICS, by sample
-        self.comfyui = ComfyUI(settings)
-        self._line = Line(settings.max_queue_size)
-        self._clients = Clients()
+        self.api = ComfyUIApi(settings)
+        self.runner = PromptRunner(self.api)
+        self.metrics = Metrics()
+        self._queue = GpuQueue(settings)
+        self._hang_ups = HangUpWatcher()
         self._modifiers = load_modifiers()
-        self._stopping = False
-        self._started_at = time.monotonic()
+        self._is_stopping = False
+        self._started_at = monotonic()
+        self._changed = Condition()
+        self._under_way = 0  # requests that are not answered yet, and webhooks that are owed
 
-    def answer(self, job: Job) -> tuple[int, dict[str, Any]]:
-        """Takes the job to its end; returns the HTTP status and the envelope, for failures too."""
-        error = self._attempt(job, lambda: read_job(job))
-        if not error and job.is_async:
-            return self._in_background(job)
-        return self._end(job, error or self._attempt(job, lambda: self._process(job)))
+    def answer(self, job: Job) -> Answer:
+        """Takes a job that was read to its end; returns the HTTP status and the envelope."""
+        if not job.request.is_async:
+            return self._process(job)
+        # Answered as soon as the job has a place in the queue, else with what kept it from one.
+        answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+        queued = envelope(job)
+        queued |= {"status": "queued", "message": "queued; the webhook will tell the result"}
+        job.on_accepted = lambda: answers.put((202, queued))
+        self._spawn("job", lambda: answers.put(self._process(job)))
+        return answers.get()
 
-    def _attempt(self, job: Job, step: Callable[[], None]) -> JobError | None:
+    def _process(self, job: Job) -> Answer:
         try:
-            step()
+            with bugs_answered(job.id):
+                self._prepare(job)
+                self._run(job)
         except JobError as error:
-            return error
-        except (
-            Exception
-        ):  # a bug of ours must not cost the client its answer, nor the webhook its message
-            log.exception("job %s met a bug of the worker", job.request_id)
-            return JobError(500, "internal_error", "the worker failed; its log says why")
-        return None
+            return self.end(job, error)
+        return self.end(job)
 
-    def _in_background(self, job: Job) -> tuple[int, dict[str, Any]]:
-        """Answers with 202 as soon as the job has a place in the queue, else with what kept it from one."""
-        first: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
-        queued = {
-            **envelope(job, None),
-            "status": "queued",
-            "message": "queued; the webhook will tell the result",
-        }
-
-        def accept(*_: Any) -> None:
-            job.on_event = None  # woken for more, 1000 that waited made jobs of 4 ms take 15
-            first.put((202, queued))
-
-        job.on_event = accept
-        self._spawn(
-            "job", lambda: first.put(self._end(job, self._attempt(job, lambda: self._process(job))))
-        )
-        return first.get()
-
-    def _end(self, job: Job, error: JobError | None) -> tuple[int, dict[str, Any]]:
+    def end(self, job: Job, error: JobError | None = None) -> Answer:
+        """Counts and logs the job, sends its webhook; returns the HTTP status and the envelope."""
         answer = envelope(job, error)
         outcome = f"{error.type} ({error.status}): {error.message}" if error else "completed"
-        timings = ", ".join(f"{name} {answer['timings'][name]}" for name in (*TIMINGS, "total_ms"))
-        log.info(
-            "job %s %s; %s", job.request_id, outcome.encode("unicode_escape").decode(), timings
-        )
+        outcome = outcome.encode("unicode_escape").decode()
+        timings = [f"{name} {answer['timings'][name]}" for name in (*TIMINGS, "total_ms")]
+        log.info("job %s %s; %s", job.id, outcome, ", ".join(timings))
         self._count_job(job, error.type if error else "completed")
-        if job.was_accepted and job.settings.webhook_url:
-            # a receiver that never answers delays nobody, and costs no memory while its next try is waited for
-            body = spooled(encode({**answer, "extra": job.extra_params}))
-            owed = replace(
-                job,
-                workflow={},
-                entry={},
-                outputs=[],
-                answer_file=None,
-                on_event=None,
-                connection=None,
-            )
-            self._spawn("webhook", lambda: self._notify(owed, body))
+        if job.is_accepted and job.settings.webhook_url:
+            # A receiver that never answers delays nobody; its message's next try costs no memory.
+            webhook = make_webhook(job, answer)
+            self._spawn("webhook", lambda: self._deliver_webhook(webhook))
         return error.status if error else 200, answer
 
-    def _process(self, job: Job) -> None:
-        """Prepares the job, runs it on the GPU when its turn comes, and delivers what it made."""
-        with job.timed("preprocess_ms"):
-            if self.state() != "ready":
-                self.comfyui.describe()  # what is known may be old, where nobody probes
-                if (state := self.state()) != "ready":
-                    raise not_ready(state)
-            self._prepare(job)
-        for attempt in range(
-            3
-        ):  # a busy ComfyUI may take the second prompt first and clear its cache after it
-            try:
-                self._run(job)
-                break
-            except JobError as error:
-                if error.type != "output_missing" or attempt == 2 or not may_be_stale(job.entry):
-                    raise
-                self.comfyui.clear_cache()
-                job.prompt_id, job.has_turn = str(uuid.uuid4()), False
-        if job.accept not in (JSON, EVENT_STREAM):
-            choose(job, self.comfyui)
+    # Before the GPU
 
     def _prepare(self, job: Job) -> None:
-        """Builds the workflow, fetches the files that it names, and refuses what would fail after the GPU's work."""
-        for name in ("s3_endpoint_url", "webhook_url"):
-            if job.distrusts(name):
-                check_public(
-                    name.replace("_", ".", 1),
-                    getattr(job.settings, name),
-                    has_time=name == "webhook_url",
-                )
-        if job.settings.s3_bucket_name:
-            s3_client(job.settings, "s3_endpoint_url" in job.chosen)
-        if job.modifier:
-            self._build(job)
-        places: dict[str, list[tuple[dict[str, Any], str]]] = {}
-        for node in job.workflow.values():
-            for name, value in node["inputs"].items():
-                if (
-                    isinstance(value, str)
-                    and SOURCE.match(value)
-                    and self.comfyui.is_file(node["class_type"], name)
-                ):
-                    places.setdefault(value, []).append((node["inputs"], name))
-        if not places:  # as for most jobs: there is nothing to watch the client over
-            return
-        with self._clients.watch(job):
-            names = at_once(functools.partial(self._bring_input, job), list(places))
-        for source, stored in zip(places, names, strict=True):
-            for inputs, name in places[source]:
-                inputs[name] = stored
+        """Builds the workflow, fetches its files; refuses what would fail after the GPU's work."""
+        with job.timed("preprocess_ms"):
+            self._check_ready()
+            self._check_targets(job)
+            if job.request.modifier:
+                self._build_workflow(job)
+            self._fetch_inputs(job)
+            # Data URIs in them may be large, and are not needed while the job waits.
+            job.request = replace(job.request, modifications={}, workflow_json={})
 
-    def _bring_input(self, job: Job, source: str) -> str:
-        file, name = fetch(job, source)
-        try:
-            with file:
-                return self.comfyui.upload(file, name)
-        except CONNECTION_LOST:
-            raise not_ready("unreachable") from None
+    def _check_ready(self) -> None:
+        if self.state != "ready":
+            self.api.describe()  # what is known may be old, where nobody probes
+        if self.state != "ready":
+            raise unavailable(self.state)
 
-    def _run(self, job: Job) -> None:
-        with self._clients.watch(job), self._line.turn(job), job.timed("generation_ms"):
-            self.comfyui.run(job)
-        with job.timed("postprocess_ms"):
-            self.comfyui.read_history(job)
-            undelivered = deliver(job, read_outputs(job.entry, job.workflow), self.comfyui)
-        if error := failure(job.entry) or undelivered:
-            raise error
-        job.tell(
-            "progress", **dict.fromkeys(("node_id", "node_type", "value", "max")), percent=100.0
-        )
+    def _check_targets(self, job: Job) -> None:
+        """400 where outputs or the webhook could not be delivered."""
+        request, settings = job.request, job.settings
+        if request.is_public_only("s3_endpoint_url"):
+            check_public("s3.endpoint_url", settings.s3_endpoint_url, must_resolve=True)
+        if request.is_public_only("webhook_url"):  # its name may resolve by the time it is sent
+            check_public("webhook.url", settings.webhook_url, must_resolve=False)
+        if settings.s3_bucket_name:
+            s3_client(settings, "s3_endpoint_url" in request.overridden)
 
-    def _build(self, job: Job) -> None:
-        """Has the job's modifier build its workflow."""
-        modifiers = self._modifiers
+    def _build_workflow(self, job: Job) -> None:
+        """Has the request's modifier build the workflow."""
+        name, modifiers = job.request.modifier, self._modifiers
         if not modifiers:
             raise invalid(
                 "this worker has no modifiers: modifiers.py is not beside pyworker.py",
                 "invalid_modification",
             )
         try:
-            job.workflow = read_graph(
-                modifiers.build(job.modifier, job.modifications, self.comfyui)
-            )
-            job.modifications = {}
+            job.workflow = read_graph(modifiers.build(name, job.request.modifications, self.api))
         except modifiers.InvalidModification as error:
             raise invalid(str(error), "invalid_modification", **error.details) from None
         except ValueError as error:  # of read_graph, or the modifier's own
-            log.exception("modifier %s", job.modifier)
+            log.exception("modifier %s", name)
             raise JobError(
-                500, "internal_error", f"the modifier {job.modifier} built no workflow: {error}"
+                500, "internal_error", f"the modifier {name} built no workflow: {error}"
             ) from None
 
-    def _notify(self, job: Job, body: Any) -> None:
-        with body:
-            outcome = "delivered" if deliver_webhook(job, body) else "failed"
-        self._count(f'webhooks_total{{outcome="{outcome}"}}')
+    def _fetch_inputs(self, job: Job) -> None:
+        """Puts the files that the workflow names by URL into ComfyUI, and their names in place."""
+        found = []
+        for node_id, node in job.workflow.items():
+            for name, value in node["inputs"].items():
+                is_source = isinstance(value, str) and FILE_SOURCE.match(value)
+                if is_source and self.api.is_file_choice(node["class_type"], name):
+                    found.append((node_id, name, value))
+        if not found:  # as for most jobs: there is nothing to watch the client over
+            return
+        sources = list(dict.fromkeys(source for *_, source in found))
+        upload = partial(self._upload_input, job)
+        with self._hang_ups.watch(job), ThreadPoolExecutor(PARALLEL_FILES) as pool:
+            # The first error spares those not begun.
+            stored = dict(zip(sources, pool.map(upload, sources), strict=True))
+        job.workflow = dict(job.workflow)  # the request's own stays as it is
+        for node_id, name, source in found:
+            node = job.workflow[node_id]
+            job.workflow[node_id] = {**node, "inputs": {**node["inputs"], name: stored[source]}}
 
-    def _spawn(self, name: str, action: Callable[[], None]) -> None:
-        """Runs the action in a thread that a stopping worker waits for."""
+    def _upload_input(self, job: Job, source: str) -> str:
+        file, name = download(job, source)
+        try:
+            with file:
+                return self.api.upload(file, name)
+        except CONNECTION_LOST:
+            raise unavailable("unreachable") from None
 
-        def run() -> None:
+    # On the GPU, and after
+
+    def _run(self, job: Job) -> None:
+        """Runs the job and delivers what it made, again where cached files turn out to be gone."""
+        for runs_left in reversed(range(MAX_RUNS)):
             try:
-                action()
+                self._run_once(job)
+                break
+            except JobError as error:
+                if error.type != "output_missing" or not may_be_stale(job.history) or not runs_left:
+                    raise
+                self.api.clear_cache()
+                job.prompt_id, job.history = str(uuid4()), {}
+        if job.request.wants_file:
+            choose_answer_file(job, self.api)
+
+    def _run_once(self, job: Job) -> None:
+        with self._hang_ups.watch(job):
+            self._queue.join(job)
+            try:
+                with job.timed("queue_ms"):
+                    self._queue.wait_for_turn(job)
+                with job.timed("generation_ms"):
+                    self.runner.run(job)
             finally:
-                self.begin(-1)
+                self._queue.leave(job)
+        with job.timed("postprocess_ms"):
+            self._queue.give_head_start()
+            self.runner.read_history(job)
+            try:
+                deliver(job, self.api)
+            finally:  # what failed in ComfyUI says more than what failed in delivery
+                raise_for_status(job.history)
+        job.notify("progress", node_id=None, node_type=None, value=None, max=None, percent=100.0)
 
-        self.begin()
-        threading.Thread(target=run, name=name, daemon=True).start()
+    def _deliver_webhook(self, webhook: Webhook) -> None:
+        with webhook.body:
+            outcome = deliver_webhook(webhook)
+        self.metrics.add("webhooks_total", part=f'{{outcome="{outcome}"}}')
 
-    def begin(self, number: int = 1) -> None:
-        """Counts what a stopping worker has to wait for; -1 where it has ended."""
-        with self._changed:
-            self._under_way += number
-            self._changed.notify_all()
+    def _count_job(self, job: Job, outcome: str) -> None:
+        self.metrics.add("jobs_total", part=f'{{outcome="{outcome}"}}')
+        if not job.is_accepted:
+            return
+        self.metrics.add("cost_total", COST)
+        self.metrics.observe("queue_seconds", job.timings["queue_ms"] / 1000)
+        self.metrics.observe("generation_seconds", job.timings["generation_ms"] / 1000)
+        self.metrics.observe("delivery_seconds", job.timings["postprocess_ms"] / 1000)
+        delivered = [file["size"] for file in job.files if "url" in file or "data" in file]
+        if job.answer_file and not delivered:
+            delivered = [job.answer_file["size"]]
+        self.metrics.add("delivered_bytes_total", sum(delivered))
 
+    # What the platform asks
+
+    @property
     def state(self) -> str:
         """'ready', or why not: 'starting', 'unreachable', 'faulted', 'stopping'."""
-        return "stopping" if self._stopping else self.comfyui.state()
+        return "stopping" if self._is_stopping else self.api.health.state
 
     @property
     def modifiers(self) -> list[str]:
         """Their names."""
-        return list(self._modifiers.names(self.comfyui)) if self._modifiers else []
+        return list(self._modifiers.names(self.api)) if self._modifiers else []
 
-    def health(self, is_probe_of_life: bool) -> tuple[int, dict[str, Any]]:
-        """The HTTP status and the body of GET /health, or of GET /health/live: 503 only where a restart is needed."""
-        comfyui = self.comfyui.describe()
-        state, jobs = self.state(), [job.request_id for job in self._line.jobs]
-        is_well = not self.comfyui.is_beyond_hope if is_probe_of_life else state == "ready"
+    def describe_health(self, is_liveness: bool) -> Answer:
+        """The HTTP status and the body of GET /health, or of GET /health/live if is_liveness.
+
+        The latter is 503 only where a restart is needed.
+        """
+        comfyui = self.api.describe()
+        state, jobs = self.state, [job.id for job in self._queue.jobs]
+        is_well = not self.api.health.needs_restart if is_liveness else state == "ready"
         return 200 if is_well else 503, {
             "status": state,
             "running": jobs[0] if jobs else None,
@@ -2099,56 +2410,50 @@ class Worker:
             "modifiers": self.modifiers,
             "comfyui": comfyui,
             "version": __version__,
-            "uptime_s": round(time.monotonic() - self._started_at),
+            "uptime_s": round(monotonic() - self._started_at),
         }
 
-    def _count_job(self, job: Job, outcome: str) -> None:
-        self._count(f'jobs_total{{outcome="{outcome}"}}')
-        if job.was_accepted:
-            self._count("cost_total", COST)
-            delivered = [
-                output["size"] for output in job.files if "url" in output or "data" in output
-            ]
-            self._count(
-                "delivered_bytes_total", sum(delivered) or (job.answer_file or {"size": 0})["size"]
-            )
-            for name, timing in (
-                ("queue", "queue"),
-                ("generation", "generation"),
-                ("delivery", "postprocess"),
-            ):
-                self._count(f"{name}_seconds_sum", job.timings[f"{timing}_ms"] / 1000)
-                self._count(f"{name}_seconds_count")
+    def render_metrics(self) -> str:
+        """The body of GET /metrics."""
+        jobs = len(self._queue.jobs)
+        return self.metrics.render(
+            jobs_waiting=max(0, jobs - 1),
+            jobs_running=min(1, jobs),
+            comfyui_up=self.api.health.state == "ready",
+        )
 
-    def _count(self, sample: str, amount: float = 1) -> None:
+    # Stopping
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Counts the block among what a stopping worker waits for."""
         with self._changed:
-            self._counts[sample] += amount
+            self._under_way += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._under_way -= 1
+                self._changed.notify_all()
 
-    def metrics(self) -> str:
-        """What has been counted, in Prometheus' text format."""
-        jobs = len(self._line.jobs)
-        now = {
-            "jobs_waiting": max(0, jobs - 1),
-            "jobs_running": min(1, jobs),
-            "comfyui_up": self.comfyui.state() == "ready",
-        }
-        lines = []
-        for name, (kind, text) in METRICS.items():
-            samples = [
-                each
-                for each in (self._counts | now).items()
-                if re.match(rf"{name}(_sum|_count)?(\{{|$)", each[0])
-            ]
-            lines += [f"# HELP pyworker_{name} {text}", f"# TYPE pyworker_{name} {kind}"]
-            lines += [
-                f"pyworker_{sample} {float(value)}" for sample, value in samples or [(name, 0)]
-            ]
-        return "\n".join([*lines, ""])
+    def _spawn(self, name: str, action: Callable[[], None]) -> None:
+        """Runs the action in a thread that a stopping worker waits for."""
+        counted = ExitStack()
+        counted.enter_context(self.under_way())  # from now on, not from the thread's first step
+
+        def run() -> None:
+            with counted:
+                action()
+
+        start_thread(name, run)
 
     def stop(self) -> None:
-        """Takes no more jobs; returns once what is under way has ended, or was cancelled after SHUTDOWN_GRACE."""
-        self._stopping = True
-        self._line.close()
+        """Takes no more jobs; returns once what is under way has ended, or was cancelled.
+
+        The latter after SHUTDOWN_GRACE.
+        """
+        self._is_stopping = True
+        self._queue.close()
         grace = self.settings.shutdown_grace
         log.info(
             "stopping: %d requests and webhooks under way get %g s (a second signal ends it)",
@@ -2157,57 +2462,57 @@ class Worker:
         )
         with self._changed:
             if not self._changed.wait_for(lambda: not self._under_way, grace):
-                for job in self._line.jobs[:1]:
-                    job.stop(JobError(499, "cancelled", CUT_SHORT))
+                for job in self._queue.jobs[:1]:
+                    job.abort(JobError(499, "cancelled", CUT_SHORT))
                     self._changed.wait_for(lambda: not self._under_way, CANCEL_SECONDS)
         log.info("stopped with %d requests and webhooks under way", self._under_way)
 
 
 def load_modifiers() -> Any:
     """The module modifiers.py beside this file; None where there is none."""
-    if not os.path.exists(os.path.join(os.path.dirname(os.path.abspath(__file__)), "modifiers.py")):
+    folder = os.path.dirname(os.path.abspath(__file__))
+    if not os.path.exists(os.path.join(folder, "modifiers.py")):
         return None
     import modifiers
 
     return modifiers
 
 
-def envelope(job: Job, error: JobError | None) -> dict[str, Any]:
+def envelope(job: Job, error: JobError | None = None) -> JsonObject:
     """The answer to a request, in the contract's shape."""
     now = time.time()
+    timings = {
+        "queued_at_ms": round(job.received_at * 1000),
+        **{name: round(value) for name, value in job.timings.items()},
+        "completed_at_ms": round(now * 1000),
+        "total_ms": round((now - job.received_at) * 1000),
+    }
     answer = {
-        "id": job.request_id,
+        "id": job.id,
         "status": error.outcome if error else "completed",
         "message": error.message if error else f"outputs: {len(job.outputs)}",
         "output": job.outputs,
         "seeds": seeds(job.workflow),
-        "timings": {
-            "queued_at_ms": round(job.received_at * 1000),
-            **{name: round(value) for name, value in job.timings.items()},
-            "completed_at_ms": round(now * 1000),
-            "total_ms": round((now - job.received_at) * 1000),
-        },
-        "comfyui_response": scrub(job.entry) if job.settings.include_comfyui_response else {},
+        "timings": timings,
+        "comfyui_response": scrub(job.history) if job.settings.include_comfyui_response else {},
         "warnings": job.warnings,
     }
-    return (
-        {**answer, "error": {"type": error.type, "message": error.message, **error.details}}
-        if error
-        else answer
-    )
+    if error:
+        answer["error"] = {"type": error.type, "message": error.message, **error.details}
+    return answer
 
 
-# HTTP #################################################################################################################
+# HTTP #############################################################################################
 
 CONNECTION_SECONDS = 30  # without a byte on a connection that owes us some
 DRAIN_SECONDS = 5  # for a client to see its refusal while it is still sending
 READ = ["GET", "HEAD"]
 ROUTES = {"/generate/sync": ["POST"], "/health": READ, "/health/live": READ, "/metrics": READ}
-PREFERENCE = {"Preference-Applied": "respond-async"}
-STATUS_HEADERS = {202: PREFERENCE, 401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
-KEEP_ALIVE_SECONDS = (
-    15  # between the comments of an event stream; proxies end silent connections after 50 or 60 s
-)
+STATUS_HEADERS = {
+    202: {"Preference-Applied": "respond-async"},
+    401: {"WWW-Authenticate": "Bearer"},
+    503: {"Retry-After": "5"},
+}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -2218,35 +2523,37 @@ class Handler(http.server.BaseHTTPRequestHandler):
     timeout = CONNECTION_SECONDS
     disable_nagle_algorithm = True  # a keep-alive client waits 40 ms for each answer otherwise
     wbufsize = 1 << 16  # headers and a small body in one write
-    owes_body = False
-
-    def _handle(self) -> None:
-        # a head that http.server half understands hides where the next request begins; other defects are of the body
-        defects = [each for each in self.headers.defects if "Header" in type(each).__name__]
-        malformed = bool(defects) or any(name != name.strip() for name in self.headers)
-        lengths = self.headers.get_all("Content-Length", ["0"])
-        self.owes_body = malformed or lengths != ["0"] or "Transfer-Encoding" in self.headers
-        self.server.worker.begin()
-        try:
-            if malformed:
-                raise invalid("a header of the request is malformed")
-            self._route()
-        except JobError as error:
-            self._answer(error.status, envelope(Job(), error))
-        finally:
-            self.server.worker.begin(-1)
+    owes_body = False  # there are bytes of the request that were not read
 
     def __getattr__(self, name: str) -> Callable[[], None]:
-        # http.server looks for do_METHOD; all of them come here, so that an unknown one is answered like any other
+        # http.server looks for do_METHOD. All of them come here, so that an unknown method is
+        # answered like any other.
         if name.startswith("do_"):
             return self._handle
         raise AttributeError(name)
+
+    def _handle(self) -> None:
+        # A head that http.server half understands hides where the next request begins. Other
+        # defects are of the body.
+        defects = [type(each).__name__ for each in self.headers.defects]
+        is_malformed = any("Header" in each for each in defects)
+        is_malformed = is_malformed or any(name != name.strip() for name in self.headers)
+        lengths = self.headers.get_all("Content-Length", ["0"])
+        has_body = lengths != ["0"] or "Transfer-Encoding" in self.headers
+        self.owes_body = is_malformed or has_body
+        with self.server.worker.under_way():
+            try:
+                if is_malformed:
+                    raise invalid("a header of the request is malformed")
+                self._route()
+            except JobError as error:
+                self._answer(error.status, envelope(Job(), error))
 
     def _route(self) -> None:
         worker = self.server.worker
         path = re.sub("^https?://[^/]*", "", self.path).partition("?")[0]
         origin = self.headers.get("Origin")
-        # keeps a page in somebody's browser from using a worker that only this browser's machine can reach
+        # A page in somebody's browser may not use a worker that only this browser can reach.
         if origin and origin.partition("://")[2] != self.headers.get("Host"):
             raise JobError(
                 403, "forbidden_origin", "requests of a page from another origin are refused"
@@ -2261,44 +2568,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 allow=ROUTES[path],
             )
         if path.startswith("/health"):
-            self._answer(*worker.health(is_probe_of_life=path == "/health/live"))
+            self._answer(*worker.describe_health(is_liveness=path == "/health/live"))
             return
-        wanted, given = (
-            f"Bearer {worker.settings.auth_token}",
-            self.headers.get("Authorization", ""),
-        )
-        if worker.settings.auth_token and not hmac.compare_digest(
-            wanted.encode(), given.encode("latin-1")
-        ):
+        token, given = worker.settings.auth_token, self.headers.get("Authorization", "")
+        if token and not hmac.compare_digest(f"Bearer {token}".encode(), given.encode("latin-1")):
             raise JobError(
                 401,
                 "unauthorized",
                 "send the worker's token in the header 'Authorization: Bearer <token>'",
             )
         if path == "/metrics":
-            self._send(200, "text/plain; version=0.0.4; charset=utf-8", [worker.metrics().encode()])
+            body = worker.render_metrics().encode()
+            self._send(200, "text/plain; version=0.0.4; charset=utf-8", [body])
         else:
             self._generate(worker)
 
     def _generate(self, worker: Worker) -> None:
-        is_included = self.headers.get("X-Include-ComfyUI-Response") in ("1", "true")
-        settings = (
-            replace(worker.settings, include_comfyui_response=True)
-            if is_included
-            else worker.settings
-        )
-        accept, prefer = (
-            ", ".join(self.headers.get_all(name, [])) for name in ("Accept", "Prefer")
-        )
         stream = EventStream(self)
-        job = Job(
-            settings=settings,
-            connection=self.connection,
-            on_event=stream.send,
-            accept=accept,
-            prefer=prefer,
-        )
-        job.request = parse_request(self._read_body())
+        job = Job(connection=self.connection)
+        try:
+            self._read_request(job, worker.settings)
+        except JobError as refusal:
+            self._answer(*worker.end(job, refusal))
+            return
+        if job.request.wants_events:
+            job.on_event = stream.send
         status, answer = worker.answer(job)
         if stream.is_open:
             stream.end(answer)
@@ -2307,25 +2601,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self._answer(status, answer)
 
-    def _send_file(self, job: Job, output: Output) -> None:
-        comfyui, preview = self.server.worker.comfyui, preview_of(job, output)
-        plain = re.sub(r"[^ !#-\[\]-~]", "_", delivered_name(output, preview))
-        with contextlib.ExitStack() as stack:
-            try:
-                file = comfyui.patiently(
-                    job, lambda: stack.enter_context(comfyui.open(output, preview))
-                )
-            except JobError as error:
-                self._answer(error.status, envelope(job, error))
-                return
-            headers = {"Content-Type": output["mimetype"], "Content-Length": str(output["size"])}
-            headers |= {
-                "Content-Disposition": f'inline; filename="{plain}"',
-                "X-Request-Id": str(job.request_id),
-            }
-            self.send_head(200, headers)
-            shutil.copyfileobj(file, self.wfile)
-            self.wfile.flush()
+    def _read_request(self, job: Job, settings: Settings) -> None:
+        if self.headers.get("X-Include-ComfyUI-Response") in ("1", "true"):
+            settings = replace(settings, include_comfyui_response=True)
+        headers = {name: ", ".join(self.headers.get_all(name, [])) for name in ("accept", "prefer")}
+        body = self._read_body()
+        with bugs_answered(job.id):
+            read_request(job, parse_body(body), headers, settings)
 
     def _read_body(self) -> bytes:
         lengths = set(self.headers.get_all("Content-Length", []))
@@ -2352,93 +2634,122 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return body
 
     def handle_expect_100(self) -> bool:
-        """Has the body come only once it is wanted, in _read_body: a refusal is to be seen before it."""
+        """Leaves the 100 to _read_body: the client is to see a refusal before it sends the body."""
         return True
 
-    def _answer(self, status: int, answer: dict[str, Any]) -> None:
-        allow = {"Allow": ", ".join(answer["error"]["allow"])} if status == 405 else {}
-        # the line's end is for who reads it in a terminal
-        self._send(status, JSON, [*encode(answer), b"\n"], STATUS_HEADERS.get(status, allow))
+    def _answer(self, status: int, answer: JsonObject) -> None:
+        headers = STATUS_HEADERS.get(status, {})
+        if status == 405:
+            headers = {"Allow": ", ".join(answer["error"]["allow"])}
+        body = [*encode(answer), b"\n"]  # the line's end is for who reads it in a terminal
+        self._send(status, JSON, body, headers)
 
     def _send(
-        self, status: int, mimetype: str, body: list[bytes], headers: Mapping[str, str] = {}
+        self, status: int, mimetype: str, body: list[bytes], more: Mapping[str, str] = {}
     ) -> None:
-        length = str(sum(map(len, body)))
-        close = {"Connection": "close"} if self.owes_body or self.close_connection else {}
-        self.send_head(
-            status, {"Content-Type": mimetype, "Content-Length": length, **headers, **close}
-        )
-        self.wfile.writelines([] if self.command == "HEAD" else body)
+        headers = {"Content-Type": mimetype, "Content-Length": str(sum(map(len, body))), **more}
+        if self.owes_body or self.close_connection:
+            headers["Connection"] = "close"
+        self.send_head(status, headers)
+        if self.command != "HEAD":
+            self.wfile.writelines(body)
         self.wfile.flush()
         if self.owes_body:
             self._drain()
 
-    def send_head(self, status: int, headers: dict[str, str]) -> None:
-        """Everything before the body."""
+    def _send_file(self, job: Job, output: Output) -> None:
+        api, preview = self.server.worker.api, job.answer_preview
+        name = re.sub(r"[^ !#-\[\]-~]", "_", delivered_name(output, preview))
+        with ExitStack() as stack:
+            try:
+                file = api.retry_while_away(
+                    job, lambda: stack.enter_context(api.view(output, preview))
+                )
+            except JobError as error:
+                self._answer(error.status, envelope(job, error))
+                return
+            headers = {
+                "Content-Type": output["mimetype"],
+                "Content-Length": str(output["size"]),
+                "Content-Disposition": f'inline; filename="{name}"',
+                "X-Request-Id": str(job.id),
+            }
+            self.send_head(200, headers)
+            shutil.copyfileobj(file, self.wfile)
+            self.wfile.flush()
+
+    def send_head(self, status: int, headers: Mapping[str, str]) -> None:
+        """Sends everything before the body."""
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
 
     def _drain(self) -> None:
-        """Reads on for a while after a refusal: closing on unread bytes would reset the connection under the answer."""
+        """Reads on for a while after a refusal.
+
+        Closing a connection with unread bytes would reset it, and the answer would be lost.
+        """
         self.connection.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + DRAIN_SECONDS
         self.connection.settimeout(DRAIN_SECONDS)
-        while self.rfile.read1(1 << 16) and time.monotonic() < deadline:
+        deadline = monotonic() + DRAIN_SECONDS
+        while self.rfile.read1(CHUNK_BYTES) and monotonic() < deadline:
             pass
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What http.server itself refuses (a malformed or oversized head), in the shape of every other answer."""
+        """Answers what http.server itself refuses, a malformed head, like every other refusal."""
         self.close_connection = self.owes_body = True
-        self.request_version = (
-            self.protocol_version
-        )  # http.server answers a line that it cannot read without a head
-        self._answer(
-            code,
-            envelope(
-                Job(), JobError(code, "invalid_request", f"the request cannot be read: {message}")
-            ),
-        )
+        # http.server answers a line that it cannot read without a head.
+        self.request_version = self.protocol_version
+        error = JobError(code, "invalid_request", f"the request cannot be read: {message}")
+        self._answer(code, envelope(Job(), error))
 
     def version_string(self) -> str:
         """The Server header."""
         return f"ComfyUI-PyWorker/{__version__}"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """The log has a line per job; requests are a proxy's to log."""
+        """Nothing: the log has a line per job; requests are a proxy's to log."""
 
 
 class EventStream:
-    """Server-sent events on a connection. It opens with the first of them, so that refusals stay ordinary answers."""
+    """Server-sent events on a connection.
+
+    It opens with the first of them, so that refusals stay ordinary answers.
+    """
 
     def __init__(self, handler: Handler) -> None:
         self._handler = handler
-        self._lock = threading.Lock()
-        self._ended = threading.Event()
+        self._keep_alive_seconds = handler.server.worker.settings.event_keep_alive
+        self._lock = Lock()
+        self._ended = Event()
         self.is_open = False
 
-    def send(self, event: str, about: dict[str, Any]) -> None:
+    def send(self, event: str, data: JsonObject) -> None:
         """Sends one event; a client that has gone is noticed elsewhere."""
         if not self.is_open:
-            self.is_open = self._handler.close_connection = True
-            # nginx would collect the events
-            headers = {
-                "Content-Type": EVENT_STREAM,
-                "Cache-Control": "no-store",
-                "X-Accel-Buffering": "no",
-            }
-            self._handler.send_head(200, {**headers, "Connection": "close"})
-            threading.Thread(target=self._keep_alive, name="keep-alive", daemon=True).start()
-        self._write([f"event: {event}\ndata: ".encode(), *encode(about), b"\n\n"])
+            self._open()
+        self._write([f"event: {event}\ndata: ".encode(), *encode(data), b"\n\n"])
 
-    def end(self, answer: dict[str, Any]) -> None:
+    def end(self, answer: JsonObject) -> None:
         """Sends the answer as the last event."""
         self.send("result", answer)
         self._ended.set()
 
+    def _open(self) -> None:
+        self.is_open = self._handler.close_connection = True
+        headers = {
+            "Content-Type": EVENT_STREAM,
+            "Cache-Control": "no-store",
+            "X-Accel-Buffering": "no",  # nginx would collect the events
+            "Connection": "close",
+        }
+        self._handler.send_head(200, headers)
+        start_thread("keep-alive", self._keep_alive)
+
     def _keep_alive(self) -> None:
-        while not self._ended.wait(KEEP_ALIVE_SECONDS):
+        """Writes comments, as proxies end connections that are silent for 50 or 60 s."""
+        while not self._ended.wait(self._keep_alive_seconds):
             self._write([b": the job is under way\n\n"])
 
     def _write(self, pieces: list[bytes]) -> None:
@@ -2448,10 +2759,8 @@ class EventStream:
             try:
                 self._handler.wfile.writelines(pieces)
                 self._handler.wfile.flush()
-            except (
-                CONNECTION_LOST
-            ):  # a client that has stopped reading may hold up its job once, not again and again
-                self._ended.set()
+            except CONNECTION_LOST:
+                self._ended.set()  # one that has stopped reading holds up its job only once
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -2459,9 +2768,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     daemon_threads = True
     allow_reuse_address = True
-    request_queue_size = (
-        1024  # connections that arrive together; the kernel's own limit may be lower
-    )
+    request_queue_size = 1024  # connections that arrive together; the kernel may allow fewer
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
@@ -2475,78 +2782,65 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.shutdown()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that go away are no news; anything else is a bug."""
+        """Logs a bug; clients that go away are no news."""
         if not isinstance(sys.exc_info()[1], CONNECTION_LOST):
             log.exception("a connection met a bug of the worker")
 
 
-# Command line #########################################################################################################
+# Command line #####################################################################################
 
 
 class LogFormatter(logging.Formatter):
-    """Keeps the words that engines look for, WORKER_READY and WORKER_ERROR, out of what strangers have us log."""
+    """Keeps the words that engines look for out of what strangers have us log."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as text."""
         text = super().format(record)
-        return (
-            text
-            if str(record.msg).startswith("WORKER_")
-            else re.sub("WORKER_(?=READY|ERROR)", "WORKER-", text)
-        )
+        if str(record.msg).startswith("WORKER_"):
+            return text
+        return re.sub("WORKER_(?=READY|ERROR)", "WORKER-", text)
 
 
 def main() -> None:
-    """Runs the worker until it is told to stop by SIGTERM or SIGINT; a second signal stops it at once."""
-    given = {
-        name: value for name, value in vars(_parser().parse_args()).items() if value is not None
-    }
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(handlers=[handler])
-    log.setLevel(logging.INFO)  # and the libraries at their warnings
-    # of a modifiers.py that cannot be imported, too
-    sys.excepthook = lambda *error: log.critical(
-        "WORKER_ERROR: the worker cannot start: %s", error[1], exc_info=error
-    )
+    """Runs the worker until SIGTERM or SIGINT stops it; a second signal ends it at once."""
+    given = vars(_parser().parse_args())
+    _set_up_log()
     try:
         settings = Settings.read({**os.environ, **given})
         server = Server(Worker(settings))
     except ValueError as error:
         sys.exit(f"WORKER_ERROR: {error}")
     except OSError as error:
-        sys.exit(
-            f"WORKER_ERROR: cannot listen on {settings.worker_host} port {settings.port} (see --port): {error}"
-        )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, functools.partial(_stop, server))
+        where = f"{settings.worker_host} port {settings.port} (see --port)"
+        sys.exit(f"WORKER_ERROR: cannot listen on {where}: {error}")
+    for number in (SIGTERM, SIGINT):
+        signal(number, partial(_stop, server))
     _fit_the_system()
+    worker = server.worker
     log.info("ComfyUI PyWorker %s listens on http://%s:%s", __version__, *server.server_address[:2])
-    threading.Thread(target=_warn, args=[settings], name="warnings", daemon=True).start()
-    log.info(
-        "modifiers: %s",
-        ", ".join(server.worker.modifiers) or "none, as modifiers.py is not beside pyworker.py",
-    )
+    start_thread("warnings", _warn, settings)
+    listed = ", ".join(worker.modifiers)
+    log.info("modifiers: %s", listed or "none, as modifiers.py is not beside pyworker.py")
     log.info(
         "waiting for ComfyUI at %s; to start one: python main.py in its folder",
         settings.comfyui_api_base,
     )
-    threading.Thread(target=server.worker.comfyui.listen, name="websocket", daemon=True).start()
+    start_thread("websocket", worker.runner.listen)
     server.serve_forever()
     logging.shutdown()
     os._exit(0)  # an upload that hangs, in a thread of its pool, would be waited for
 
 
 def _parser() -> argparse.ArgumentParser:
-    listed = "\n".join(
-        f"  {each.name.upper():26}{each.metadata['help']}"
-        + (f" [{each.default}]" if each.default else "")
-        for each in fields(Settings)
-    )
+    listed = []
+    for each in fields(Settings):
+        default = f" [{each.default}]" if each.default else ""
+        listed.append(f"  {each.name.upper():26}{each.metadata['help']}{default}")
     parser = argparse.ArgumentParser(
         description="Turns a ComfyUI into an HTTP API: POST /generate/sync runs a workflow.",
-        epilog=f"environment:\n{listed}",
+        epilog="\n".join(["environment:", *listed]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--host", dest="WORKER_HOST", help="address to listen on, over WORKER_HOST")
     parser.add_argument("--port", dest="PORT", help="port to listen on, over PORT")
@@ -2554,9 +2848,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _set_up_log() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler])
+    log.setLevel(logging.INFO)  # and the libraries at their warnings
+    # A modifiers.py that cannot be imported ends here, too.
+    sys.excepthook = lambda *error: log.critical(
+        "WORKER_ERROR: the worker cannot start: %s", error[1], exc_info=error
+    )
+
+
 def _warn(settings: Settings) -> None:
-    """Says what an operator would regret later."""
-    if settings.worker_host not in ("127.0.0.1", "::1", "localhost") and not settings.auth_token:
+    """Logs what an operator would regret later."""
+    is_local = settings.worker_host in ("127.0.0.1", "::1", "localhost")
+    if not is_local and not settings.auth_token:
         log.warning(
             "AUTH_TOKEN is not set: whoever reaches %s can use the GPU", settings.worker_host
         )
@@ -2565,38 +2871,38 @@ def _warn(settings: Settings) -> None:
             "S3 keys are set but no S3_BUCKET_NAME: S3 is off for requests that name no bucket"
         )
     for name in ("comfyui_install_path", "workflow_file", "workflows_dir"):
-        if not os.path.exists(getattr(settings, name) or "."):
-            log.warning("%s leads nowhere: %s", name.upper(), getattr(settings, name))
-    try:
-        if settings.s3_bucket_name:
+        path = getattr(settings, name)
+        if path and not os.path.exists(path):
+            log.warning("%s leads nowhere: %s", name.upper(), path)
+    if settings.s3_bucket_name:
+        try:
             s3_client(settings)  # which the first job need not make then
-    except JobError as error:
-        log.warning("jobs that use S3 will be refused: %s", error)
+        except JobError as error:
+            log.warning("jobs that use S3 will be refused: %s", error)
 
 
 def _fit_the_system() -> None:
     """Makes room for many connections and large bodies, where the system lets it."""
-    with contextlib.suppress(
-        ImportError, ValueError, OSError
-    ):  # Linux' usual limit of 1024 is soon reached
+    # Linux' usual limit of 1024 files is soon reached.
+    with suppress(ImportError, ValueError, OSError):
         import resource
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    with contextlib.suppress(
-        ImportError, AttributeError, OSError, TypeError
-    ):  # of a C library that is not glibc
+    # A C library that is not glibc has no mallopt.
+    with suppress(ImportError, AttributeError, OSError, TypeError):
         import ctypes
 
-        # M_MMAP_THRESHOLD: what takes more than this is given back at once. Left alone, glibc raises it to the largest
-        # body so far, and each thread keeps the memory of one: 40 owed webhooks of 22 MB held 620 MB instead of 33.
+        # M_MMAP_THRESHOLD: what takes more than this is given back at once. Left alone, glibc
+        # raises it to the largest body so far, and each thread keeps the memory of one: 40 owed
+        # webhooks of 22 MB held 620 MB instead of 33.
         ctypes.CDLL(None).mallopt(-3, 1 << 20)
 
 
 def _stop(server: Server, number: int, frame: Any) -> None:
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, lambda *_: os._exit(1))
-    threading.Thread(target=server.stop, name="stop", daemon=True).start()
+    for each in (SIGTERM, SIGINT):
+        signal(each, lambda *_: os._exit(1))
+    start_thread("stop", server.stop)
 
 
 if __name__ == "__main__":

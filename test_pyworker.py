@@ -33,6 +33,7 @@ import heapq
 import http.client
 import http.server
 import io
+import ipaddress
 import itertools
 import json
 import math
@@ -60,7 +61,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillRunning
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import aiohttp
@@ -83,6 +84,7 @@ import modifiers
 import pyworker
 
 HERE = pathlib.Path(__file__).resolve().parent
+RANDOM_INT = "__RANDOM_INT__"  # stands for a fresh number in a request
 SIGNING_SECRET = "whsec_" + base64.b64encode(b"a secret of twenty-four b").decode()
 
 
@@ -238,11 +240,11 @@ class Nodes:
             "animated": [len(images) != 1],
         }
 
-    def RaiseError(run, message):
-        """message STRING -> IMAGE"""
-        raise RuntimeError(
-            message
-        )  # stands for custom nodes and broken GPUs; a real ComfyUI has none of that name
+    def RaiseError(run, message, kind="RuntimeError"):
+        """message STRING, kind? STRING -> IMAGE"""
+        # It stands for custom nodes and broken GPUs; a real ComfyUI has none of that name.
+        module, _, name = kind.rpartition(".")
+        raise type(name, (RuntimeError,), {"__module__": module or "builtins"})(message)
 
     def CheckpointLoaderSimple(run, ckpt_name):
         """ckpt_name checkpoint -> MODEL CLIP VAE"""
@@ -1426,9 +1428,7 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
 
 
-def picture(
-    color: int | str = pyworker.RANDOM_INT, size: int = 32, prefix: str = "test"
-) -> dict[str, Any]:
+def picture(color: int | str = RANDOM_INT, size: int = 32, prefix: str = "test") -> dict[str, Any]:
     """The least that makes a PNG; a random colour keeps it out of ComfyUI's cache."""
     color = color if isinstance(color, int) else int.from_bytes(os.urandom(3), "big")
     image = node("EmptyImage", width=size, height=size, batch_size=1, color=color)
@@ -1436,7 +1436,7 @@ def picture(
 
 
 def text2image(
-    seed: int | str = pyworker.RANDOM_INT, steps: int = 2, size: int = 64, **other: Any
+    seed: int | str = RANDOM_INT, steps: int = 2, size: int = 64, **other: Any
 ) -> dict[str, Any]:
     """The reference request, as a graph: SD 1.5, text to image."""
     sampler = dict(
@@ -1598,7 +1598,7 @@ def test_help_lists_every_variable() -> None:
     shown = subprocess.run(
         [sys.executable, "pyworker.py", "--help"], cwd=HERE, capture_output=True, text=True
     ).stdout
-    for each in pyworker.fields(pyworker.Settings):
+    for each in fields(pyworker.Settings):
         assert each.name.upper() in shown
 
 
@@ -2109,15 +2109,19 @@ BY_NAME = [
     ],
 )
 def test_a_files_extension_is_what_it_is(
-    files: FileServer, head: bytes, type: str, path: str, suffix: str
+    worker: Worker, files: FileServer, head: bytes, type: str, path: str, suffix: str
 ) -> None:
     files.files[path] = (200, {"Content-Type": type}, head)
-    given = pyworker.Settings(max_input_bytes=100, allow_private_addresses=True)
-    file, name = pyworker.fetch(pyworker.Job(settings=given), f"{files.url}{path}?x=.exe")
-    assert file.read() is not None and name == hashlib.sha256(head).hexdigest() + suffix
+    told = {"X-Include-ComfyUI-Response": "1"}  # of a job that fails: no head is a whole picture
+    answer = worker.post({"workflow_json": inverted(f"{files.url}{path}?x=.exe")}, told)
+    assert answer.json["comfyui_response"], answer.json
+    name = answer.json["comfyui_response"]["prompt"][2]["1"]["inputs"]["image"]
+    assert name == hashlib.sha256(head).hexdigest() + suffix
+    assert pathlib.Path(os.environ["COMFYUI_INPUT"], name).read_bytes() == head
 
 
-PUBLIC = "93.184.215.14"  # what public.example leads to in these tests, whose sockets lead to the test's own server
+PUBLIC = "93.184.215.14"  # what public.example leads to
+OPEN = ["8.8.8.8", "1.1.1.1", "100.63.255.255", "172.32.0.1", "2606:4700::1111", "64:ff9b::8.8.8.8"]
 NAMES = {  # what names lead to at the first look-up, the second, …
     "public.example": [[PUBLIC]],
     "loopback.example": [["127.0.0.1"]],
@@ -2144,12 +2148,16 @@ def guarded(
 ) -> tuple[Worker, FileServer]:
     """A worker that keeps to public addresses, and a server that it takes for a public one.
 
-    Nothing leaves the machine: names are looked up in NAMES, and what would go to PUBLIC goes to the server.
+    Nothing leaves the machine: names are looked up in NAMES, and what would go to PUBLIC or to one
+    of OPEN goes to the server.
     """
     public = FileServer()
+    led = [str(ipaddress.ip_address(each)) for each in (PUBLIC, *OPEN)]
     code = f"""
 import itertools, socket, sys, pyworker
-names = {{name: itertools.chain(turns, itertools.repeat(turns[-1])) for name, turns in {NAMES!r}.items()}}
+names = {{
+    name: itertools.chain(turns, itertools.repeat(turns[-1])) for name, turns in {NAMES!r}.items()
+}}
 look_up, make = socket.getaddrinfo, socket.create_connection
 def getaddrinfo(host, *args, **options):
     if host not in names:
@@ -2160,7 +2168,8 @@ def getaddrinfo(host, *args, **options):
     return found
 def create_connection(address, *args, **options):
     print("connects to", address, file=sys.stderr, flush=True)
-    return make(("127.0.0.1", {public.port}) if address[0] == {PUBLIC!r} else address, *args, **options)
+    address = ("127.0.0.1", {public.port}) if address[0] in {led!r} else address
+    return make(address, *args, **options)
 socket.getaddrinfo, socket.create_connection = getaddrinfo, create_connection
 pyworker.main()
 """
@@ -2257,12 +2266,13 @@ def test_the_operators_receiver_may_be_private(
     assert len(receiver.wait_for(1)) == 1
 
 
-@pytest.mark.parametrize(
-    "address",
-    ["8.8.8.8", "1.1.1.1", "100.63.255.255", "172.32.0.1", "2606:4700::1111", "64:ff9b::8.8.8.8"],
-)
-def test_a_public_address_is_public(address: str) -> None:
-    assert pyworker.is_public(address)
+@pytest.mark.parametrize("address", OPEN)
+def test_a_public_address_is_public(guarded: tuple[Worker, FileServer], address: str) -> None:
+    worker, public = guarded
+    public.files["/x.png"] = some_png()
+    host = f"[{address}]" if ":" in address else address
+    answer = worker.post({"workflow_json": inverted(f"http://{host}/x.png")})
+    assert answer.status == 200, answer.json
 
 
 # ComfyUI ##############################################################################################################
@@ -2450,17 +2460,13 @@ def test_the_key_of_partner_nodes_is_in_no_answer(worker: Worker, key: str) -> N
     )
 
 
-def test_out_of_memory_is_told_apart() -> None:
-    about = {"node_id": "3", "node_type": "KSampler", "exception_message": "Allocation on device "}
-    about["exception_type"] = "torch.OutOfMemoryError"
-    error = pyworker.failure(
-        {"status": {"completed": False, "messages": [["execution_error", about]]}}
-    )
-    assert (
-        error
-        and (error.status, error.type) == (500, "out_of_memory")
-        and "KSampler (node 3)" in error.message
-    )
+def test_out_of_memory_is_told_apart(start: Callable[..., Worker], tmp_path: pathlib.Path) -> None:
+    with stand_in(free_port(), tmp_path) as url:
+        graph = broken("Allocation on device ", kind="torch.OutOfMemoryError")
+        answer = start(COMFYUI_API_BASE=url).post({"workflow_json": graph})
+    assert (answer.status, answer.error["type"]) == (500, "out_of_memory"), answer.json
+    assert answer.error["exception_type"] == "torch.OutOfMemoryError"
+    assert "RaiseError (node 1)" in answer.error["message"]
 
 
 SCRUBBED = [
@@ -2479,8 +2485,12 @@ SCRUBBED = [
 
 
 @pytest.mark.parametrize(("words", "shown"), SCRUBBED, ids=lambda value: str(value)[:30])
-def test_paths_and_tracebacks_stay_inside(words: Any, shown: Any) -> None:
-    assert pyworker.scrub(words) == shown
+def test_paths_and_tracebacks_stay_inside(worker: Worker, words: Any, shown: Any) -> None:
+    graph = picture()
+    graph["1"]["_meta"] = {"told": words}
+    answer = worker.post({"workflow_json": graph}, {"X-Include-ComfyUI-Response": "1"})
+    assert answer.status == 200, answer.json
+    assert answer.json["comfyui_response"]["prompt"][2]["1"]["_meta"] == {"told": shown}
 
 
 def test_an_interrupted_job_is_cancelled(worker: Worker, comfyui_url: str) -> None:
@@ -2495,22 +2505,26 @@ def test_an_interrupted_job_is_cancelled(worker: Worker, comfyui_url: str) -> No
     )
 
 
-def test_a_job_deleted_from_comfyuis_queue_is_cancelled(worker: Worker, comfyui_url: str) -> None:
+def test_a_job_deleted_from_comfyuis_queue_is_cancelled(
+    start: Callable[..., Worker], comfyui_url: str
+) -> None:
+    alert = start(COMFYUI_SILENCE_TIMEOUT=1)
     fetch(f"{comfyui_url}/prompt", {"prompt": fill(long_job(400)), "prompt_id": "somebody-elses"})
-    job = in_background(worker.post, {"workflow_json": picture()})
+    job = in_background(alert.post, {"workflow_json": picture()})
     pending = wait_for(
         "the job waits in ComfyUI", lambda: fetch(f"{comfyui_url}/queue").json["queue_pending"]
     )
     fetch(f"{comfyui_url}/queue", {"delete": [pending[0][1]]})
     try:
-        answer = job.result(60)  # ComfyUI tells nobody: found out after ten seconds of silence
+        answer = job.result(60)  # ComfyUI tells nobody: found out after a second of silence
     finally:
         fetch(f"{comfyui_url}/interrupt", {"prompt_id": "somebody-elses"})
     assert (answer.status, answer.error["type"]) == (499, "cancelled")
 
 
 def fill(graph: dict[str, Any]) -> Any:
-    return pyworker.fill_random(graph)
+    """The graph with a number for its seed, as ComfyUI takes it."""
+    return json.loads(json.dumps(graph).replace(f'"{RANDOM_INT}"', str(random.getrandbits(32))))
 
 
 def test_a_job_above_its_time_is_taken_off_the_gpu(
@@ -2608,13 +2622,11 @@ def test_a_comfyui_that_stays_away_fails_the_job(
 def test_a_comfyui_that_is_frozen_counts_as_away(
     start: Callable[..., Worker], tmp_path: pathlib.Path
 ) -> None:
-    code = "import pyworker; pyworker.LOOK_UP_TIMEOUT_SECONDS = pyworker.SILENCE_SECONDS = 1; pyworker.main()"
     port = free_port()
+    patience = {"COMFYUI_SILENCE_TIMEOUT": 1, "COMFYUI_RETURN_TIMEOUT": 3, "JOB_TIMEOUT": 60}
     with stand_in_process(port, tmp_path) as comfyui:
         url = f"http://127.0.0.1:{port}"
-        behind = start(
-            command=("-c", code), COMFYUI_API_BASE=url, COMFYUI_RETURN_TIMEOUT=3, JOB_TIMEOUT=60
-        )
+        behind = start(COMFYUI_API_BASE=url, **patience)
         job = in_background(behind.post, {"workflow_json": long_job(5000)})
         wait_for("the job runs", lambda: running_prompts(url))
         comfyui.send_signal(signal.SIGSTOP)
@@ -2707,16 +2719,28 @@ def test_incomplete_s3_settings_cost_no_gpu_time(
     assert len(fetch(f"{comfyui_url}/history").json) == before
 
 
-def test_without_an_endpoint_s3_is_aws() -> None:
-    keys = {"s3_access_key_id": "a-key", "s3_secret_access_key": "a-secret"}
-    client = pyworker.s3_client(
-        pyworker.Settings(**keys, s3_bucket_name="a-bucket", s3_region="eu-central-1")
-    )
-    url = client.generate_presigned_url("get_object", Params={"Bucket": "a-bucket", "Key": "k"})
-    assert (
-        url.startswith("https://a-bucket.s3.eu-central-1.amazonaws.com/k?")
-        and "AWS4-HMAC-SHA256" in url
-    )
+NO_AWS = """
+import io, sys, botocore.awsrequest, botocore.httpsession, pyworker
+class Empty(io.BytesIO):
+    def stream(self): return []
+def send(session, request):
+    print("sent to", request.url, file=sys.stderr, flush=True)
+    return botocore.awsrequest.AWSResponse(request.url, 200, {}, Empty())
+botocore.httpsession.URLLib3Session.send = send
+pyworker.main()
+"""
+
+
+def test_without_an_endpoint_s3_is_aws(start: Callable[..., Worker]) -> None:
+    keys = {"S3_ACCESS_KEY_ID": "a-key", "S3_SECRET_ACCESS_KEY": "a-secret"}
+    where = {"S3_BUCKET_NAME": "a-bucket", "S3_REGION": "eu-central-1"}
+    to_aws = start(command=("-c", NO_AWS), **keys, **where)
+    answer = to_aws.post({"request_id": "k", "workflow_json": picture()})
+    assert answer.status == 200, answer.json
+    url = answer.files[0]["url"]
+    key = f"https://a-bucket.s3.eu-central-1.amazonaws.com/k/{answer.files[0]['filename']}"
+    assert url.startswith(f"{key}?") and "AWS4-HMAC-SHA256" in url
+    assert to_aws.logged(f"sent to {key}"), "it was uploaded elsewhere"
 
 
 def test_keys_that_are_nowhere_are_missed_before_gpu_time_is_spent(
@@ -2801,17 +2825,26 @@ def test_a_progress_never_goes_back_even_if_the_job_is_run_again(worker: Worker)
     assert percents == sorted(percents) and percents[-1] == 100
 
 
-def test_a_file_that_is_not_there_is_missing(worker: Worker) -> None:
-    comfyui = pyworker.ComfyUI(
-        pyworker.Settings(comfyui_api_base=worker.health().json["comfyui"]["url"])
-    )
-    output = {"filename": "nobody-made-this.png", "subfolder": "", "type": "output"}
-    with (
-        pytest.raises(pyworker.JobError, match="no longer on ComfyUI's disk") as caught,
-        comfyui.open(output),
-    ):
-        pass
-    assert (caught.value.status, caught.value.type) == (502, "output_missing")
+class DeletingTunnel(Tunnel):
+    """Deletes the files of that prefix before ComfyUI is asked for one."""
+
+    prefix = "deleted"
+
+    def hears(self, said: bytes) -> bool:
+        if said.startswith(b"GET /view"):
+            folder = pathlib.Path(os.environ["COMFYUI_INPUT"]).parent / "output"
+            for file in folder.glob(f"{self.prefix}_*"):
+                file.unlink()
+        return True
+
+
+def test_a_file_that_is_not_there_is_missing(
+    start: Callable[..., Worker], comfyui_url: str
+) -> None:
+    behind = start(COMFYUI_API_BASE=DeletingTunnel(comfyui_url).url)
+    answer = behind.post({"workflow_json": picture(prefix=DeletingTunnel.prefix)})
+    assert (answer.status, answer.error["type"]) == (502, "output_missing"), answer.json
+    assert "no longer on ComfyUI's disk" in answer.error["message"]
 
 
 class CuttingTunnel(Tunnel):
@@ -2906,10 +2939,13 @@ def test_the_webhook_arrives_once_signed_with_extra(worker: Worker, receiver: Re
 def test_a_large_webhook_arrives_whatever_the_disk_is(
     start: Callable[..., Worker], receiver: Receiver, folder: str | None
 ) -> None:
-    code = f"import pyworker, tempfile; pyworker.SPOOL_BYTES = 100; tempfile.tempdir = {folder!r}; pyworker.main()"
+    code = f"import pyworker, tempfile; tempfile.tempdir = {folder!r}; pyworker.main()"
+    latent = node("EmptyLatentImage", width=1024, height=1024, batch_size=16)  # 4 MiB
+    graph = {"1": latent, "2": node("SaveLatent", samples=["1", 0], filename_prefix="large")}
     answer = start(command=("-c", code)).post(
-        {"workflow_json": picture(), "webhook": {"url": receiver.url}}
+        {"workflow_json": graph, "webhook": {"url": receiver.url}}
     )
+    assert answer.files[0]["size"] > 4 << 20 and answer.files[0]["data"], answer.json["error"]
     assert json.loads(receiver.wait_for(1)[0][1])["output"] == answer.json["output"]
 
 
@@ -2940,8 +2976,7 @@ def test_a_request_that_is_not_in_order_has_no_webhook(worker: Worker, receiver:
 
 def impatient(start: Callable[..., Worker], **variables: Any) -> Worker:
     """A worker whose pauses between tries are a hundredth of what they are."""
-    code = "import pyworker; pyworker.WEBHOOK_PAUSES_SECONDS = (0.04, 0.2, 1, 4.8); pyworker.main()"
-    return start(command=("-c", code), **variables)
+    return start(WEBHOOK_RETRY_PAUSES="0.04,0.2,1,4.8", **variables)
 
 
 def test_a_receiver_that_fails_twice_gets_the_same_message_a_third_time(
@@ -2972,6 +3007,7 @@ def test_five_tries_are_all(start: Callable[..., Worker]) -> None:
     trying = impatient(start, WEBHOOK_URL="http://127.0.0.1:1/")
     trying.post({"workflow_json": picture()})
     wait_for("the log says so", lambda: trying.logged("was not delivered: failed"))
+    assert trying.log.read_text().count("it is tried again in about") == 4
 
 
 def test_the_operators_secret_signs_only_for_the_operators_receiver(
@@ -3040,8 +3076,7 @@ def test_the_next_prompt_goes_before_the_question_for_the_history(
     start: Callable[..., Worker], comfyui_url: str
 ) -> None:
     tunnel = RecordingTunnel(comfyui_url)
-    code = "import pyworker; pyworker.HEAD_START_SECONDS = 30; pyworker.main()"
-    behind = start(command=("-c", code), COMFYUI_API_BASE=tunnel.url)
+    behind = start(PROMPT_HEAD_START=30, COMFYUI_API_BASE=tunnel.url)
     jobs = [in_background(behind.post, {"workflow_json": picture()}) for _ in range(5)]
     wait_for("they wait", functools.partial(in_line, behind, 4))
     tunnel.gate.set()
@@ -3076,8 +3111,7 @@ def test_a_job_that_its_connection_tells_of_is_not_looked_up(
 ) -> None:
     tunnel = RecordingTunnel(comfyui_url)
     tunnel.gate.set()
-    code = "import pyworker; pyworker.SILENCE_SECONDS = 2; pyworker.main()"
-    behind = start(command=("-c", code), COMFYUI_API_BASE=tunnel.url)
+    behind = start(COMFYUI_SILENCE_TIMEOUT=2, COMFYUI_API_BASE=tunnel.url)
     assert (
         behind.post({"workflow_json": text2image()}).status == 200
     )  # loads the model, which takes a silent while
@@ -3458,9 +3492,7 @@ def test_a_stream_tells_the_place_in_the_line(worker: Worker) -> None:
 
 
 def test_a_stream_is_kept_alive(start: Callable[..., Worker]) -> None:
-    lively = start(
-        command=("-c", "import pyworker; pyworker.KEEP_ALIVE_SECONDS = 0.2; pyworker.main()")
-    )
+    lively = start(EVENT_KEEP_ALIVE=0.2)
     answer = lively.post({"workflow_json": long_job(100)}, STREAM)
     assert answer.body.count(b"\n: ") >= 2 and events(answer.body)[-1][1]["status"] == "completed"
 
@@ -3624,15 +3656,15 @@ class SilentTunnel(Tunnel):
 def test_a_connection_that_has_fallen_silent_is_noticed(
     start: Callable[..., Worker], comfyui_url: str
 ) -> None:
-    tunnel = SilentTunnel(comfyui_url)
-    behind = start(COMFYUI_API_BASE=tunnel.url)
+    tunnel, silence = SilentTunnel(comfyui_url), 2
+    behind = start(COMFYUI_API_BASE=tunnel.url, COMFYUI_SILENCE_TIMEOUT=silence)
     tunnel.is_silent = True
     before = len(fetch(f"{comfyui_url}/history").json)
     job = in_background(behind.post, {"workflow_json": picture()})
     wait_for("the job has ended", lambda: len(fetch(f"{comfyui_url}/history").json) > before)
     ended = time.monotonic()
     assert job.result(60).status == 200
-    assert time.monotonic() - ended < pyworker.SILENCE_SECONDS + 1
+    assert time.monotonic() - ended < silence + 1
     tunnel.is_silent = False
     wait_for("another connection is made", lambda: behind.logged("lost the connection to ComfyUI"))
     assert behind.post({"workflow_json": picture()}).status == 200
@@ -3658,14 +3690,14 @@ class AnsweringTunnel(Tunnel):
 
 
 class SlowProbeTunnel(Tunnel):
-    """Lets the answer to a probe pass late, once."""
+    """Lets the answer to a probe pass late, once: a probe is given up within a second."""
 
     is_slow = False
 
     def inspect(self, said: bytes, answer: bytes) -> bytes:
         if self.is_slow and said.startswith(b"GET /system_stats"):
             self.is_slow = False
-            time.sleep(2 * pyworker.PROBE_SECONDS)
+            time.sleep(1.6)
         return answer
 
 
@@ -3678,7 +3710,7 @@ def test_a_probe_that_was_slow_is_not_held_against_comfyui(
         behind.post, {"workflow_json": long_job(600 if "COMFYUI_URL" not in os.environ else 60)}
     )
     wait_for("the job runs", lambda: running_prompts(comfyui_url))
-    time.sleep(pyworker.PROBE_EVERY_SECONDS)
+    time.sleep(1)  # what a probe says is kept for a second
     tunnel.is_slow = True
     assert behind.health().status == 200 and not tunnel.is_slow, "a job that runs is proof enough"
     time.sleep(3.5)  # more than COMFYUI_RETURN_TIMEOUT
@@ -3744,6 +3776,23 @@ def test_a_refusal_is_told_even_where_the_choices_cannot_be_had(
     ), answer.json
 
 
+class RewritingTunnel(Tunnel):
+    """Has each history be the same entry, and each file empty."""
+
+    def __init__(self, url: str, entry: dict[str, Any]) -> None:
+        self.entry = entry
+        super().__init__(url)
+
+    def inspect(self, said: bytes, answer: bytes) -> bytes:
+        asked = re.match(rb"GET /(history|view)[/?]([^ ]*)", said)
+        if not asked:
+            return answer
+        history = {asked[2].decode(): self.entry}
+        body = json.dumps(history).encode() if asked[1] == b"history" else b""
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
+        return head + body
+
+
 ODD_ENTRIES: list[tuple[dict[str, Any], int]] = [
     ({"status": None}, 502),
     ({"status": {"completed": False, "messages": None}}, 502),
@@ -3767,15 +3816,20 @@ ODD_ENTRIES: list[tuple[dict[str, Any], int]] = [
 
 
 @pytest.mark.parametrize(("entry", "status"), ODD_ENTRIES)
-def test_an_odd_history_is_comfyuis_error(entry: dict[str, Any], status: int) -> None:
-    try:
-        assert pyworker.failure(entry) is None
-        files = pyworker.read_outputs(entry, {})
-        assert status == 200 and all(
-            isinstance(value, str) for file in files for value in file.values()
-        ), files
-    except pyworker.JobError as error:
-        assert (error.status, error.type) == (status, "comfyui_error")
+def test_an_odd_history_is_comfyuis_error(
+    start: Callable[..., Worker], comfyui_url: str, entry: dict[str, Any], status: int
+) -> None:
+    tunnel = RewritingTunnel(comfyui_url, entry)
+    answer = start(COMFYUI_API_BASE=tunnel.url).post({"workflow_json": picture()})
+    assert answer.status == status, answer.json
+    if status != 200:
+        assert answer.error["type"] == "comfyui_error", answer.json
+        return
+    names = ("filename", "subfolder", "type", "node_id", "output_type")
+    assert all(isinstance(file[name], str) for file in answer.files for name in names), answer.json
+    assert [each["filename"] for each in answer.files] == re.findall(
+        r'"filename": "?(\w+)', json.dumps(entry)
+    )
 
 
 def test_six_jobs_outlive_a_comfyui_that_is_killed(
@@ -3851,9 +3905,10 @@ NO_GPU_FAULTS = [
 ]
 
 
-def broken(message: str) -> dict[str, Any]:
+def broken(message: str, **kind: str) -> dict[str, Any]:
+    """A job that fails with that message; only the stand-in has a node for it."""
     return {
-        "1": node("RaiseError", message=message),
+        "1": node("RaiseError", message=message, **kind),
         "2": node("SaveImage", images=["1", 0], filename_prefix="x"),
     }
 
@@ -3912,9 +3967,23 @@ def test_a_job_does_not_wait_for_ever_for_a_broken_gpu(
         )
 
 
+@pytest.fixture(scope="module")
+def behind_many(start: Callable[..., Worker]) -> tuple[Worker, int]:
+    """A worker, and the port at which it looks for its ComfyUI."""
+    port = free_port()
+    return start(COMFYUI_API_BASE=f"http://127.0.0.1:{port}", ready=False), port
+
+
 @pytest.mark.parametrize("message", GPU_FAULTS)
-def test_the_faults_of_a_gpu_are_known(message: str) -> None:
-    assert pyworker.FAULT.match(message)
+def test_the_faults_of_a_gpu_are_known(
+    behind_many: tuple[Worker, int], tmp_path: pathlib.Path, message: str
+) -> None:
+    behind, port = behind_many
+    with stand_in(port, tmp_path):
+        behind.wait_until("ready")
+        answer = behind.post({"workflow_json": broken(message)})
+        assert (answer.status, answer.error["type"]) == (500, "execution_failed"), answer.json
+        assert behind.health().json["status"] == "faulted"
 
 
 def test_a_comfyui_that_is_loading_or_away_is_no_reason_to_kill_the_worker(
@@ -4077,8 +4146,19 @@ def test_a_thousand_idle_connections_stop_no_job(start: Callable[..., Worker]) -
     assert crowded.health().status == 200
 
 
+BRISK = """
+import socketserver, pyworker
+set_up = socketserver.StreamRequestHandler.setup
+def set_up_for_a_second(handler):
+    handler.timeout = 1
+    set_up(handler)
+socketserver.StreamRequestHandler.setup = set_up_for_a_second
+pyworker.main()
+"""
+
+
 def test_a_connection_that_owes_bytes_is_not_waited_for_long(start: Callable[..., Worker]) -> None:
-    brisk = start(command=("-c", "import pyworker; pyworker.Handler.timeout = 1; pyworker.main()"))
+    brisk = start(command=("-c", BRISK))
     before = footprint(brisk)
     head = b"POST /generate/sync HTTP/1.1\r\nHost: x\r\n"
     for sent in (b"", b"POST", head, head + b"Content-Length: 10\r\n\r\n{}"):
@@ -4143,7 +4223,9 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
     lambda each: st.lists(each) | st.dictionaries(st.text(), each),
 )
-FIELDS = ["s3", "webhook", *pyworker.FIELDS, "unknown"]
+FIELDS = """request_id modifier modifications workflow_json s3 s3.bucket_name webhook webhook.url
+    webhook.extra_params return_outputs_as_base64 output_format output_quality accept prefer
+    comfy_org_api_key unknown""".split()
 GRAPHS = st.dictionaries(
     st.text(),
     st.fixed_dictionaries({}, optional={"class_type": st.just("EmptyImage") | JSON, "inputs": JSON})
@@ -4837,7 +4919,7 @@ def literals(graph: dict[str, Any]) -> dict[str, Any]:
 
 def another(value: Any) -> Any:
     """Another value of the same type."""
-    value = 0 if value == pyworker.RANDOM_INT else value
+    value = 0 if value == RANDOM_INT else value
     return (
         not value
         if isinstance(value, bool)
@@ -5061,7 +5143,7 @@ def test_a_modification_is_of_the_type_of_what_it_replaces(
     name: str, value: Any, result: Any
 ) -> None:
     graph = {
-        "3": node("Any", seed=pyworker.RANDOM_INT, steps=20, cfg=7.0, model=["4", 0]),
+        "3": node("Any", seed=RANDOM_INT, steps=20, cfg=7.0, model=["4", 0]),
         "4": node("Any", on=True, scale=1),  # as ComfyUI exports a float
         "5": node("Any", text="a cat", list=[1, 2, 3]),
     }
@@ -5165,7 +5247,10 @@ def test_whatever_the_modifications_are_they_make_a_graph_or_are_refused(
             assert [*graph] == [*GRAPHS[name]()]
         else:
             graph = modifiers.build(name, modifications, Alone("a checkpoint"))
-        assert pyworker.read_graph(json.loads(json.dumps(graph))).keys() == graph.keys()
+        assert json.loads(json.dumps(graph)) == graph, "it is no JSON"
+        for each in graph.values():
+            assert isinstance(each["class_type"], str) and 0 < len(each["class_type"]) < 1000
+            assert isinstance(each["inputs"], dict)
     except modifiers.InvalidModification as refused:
         assert str(refused) and json.dumps(refused.details)
 
@@ -5341,9 +5426,9 @@ def test_rawworkflow_is_text2images_graph_where_there_is_no_file(worker: Worker)
     answer = worker.post({"modifier": "RawWorkflow", "modifications": modifications})
     assert answer.status == 200 and answer.json["seeds"] == {"3": 5}
     unseeded = worker.post(
-        {"modifier": "RawWorkflow", "modifications": {**modifications, "seed": pyworker.RANDOM_INT}}
+        {"modifier": "RawWorkflow", "modifications": {**modifications, "seed": RANDOM_INT}}
     )
-    assert unseeded.json["seeds"]["3"] not in (5, pyworker.RANDOM_INT)
+    assert unseeded.json["seeds"]["3"] not in (5, RANDOM_INT)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -5539,12 +5624,12 @@ def test_a_worker_that_nobody_probes_finds_its_comfyui_again(
 ) -> None:
     port = free_port()
     with stand_in_process(port, tmp_path) as comfyui:
-        behind = start(COMFYUI_API_BASE=f"http://127.0.0.1:{port}")
+        behind = start(COMFYUI_API_BASE=f"http://127.0.0.1:{port}", UNREACHABLE_AFTER=2)
         time.sleep(1.1)  # what a probe says is kept for a second
         comfyui.send_signal(signal.SIGSTOP)
         assert behind.health().status == 200, "one failure is none yet"
         comfyui.send_signal(signal.SIGCONT)
-        time.sleep(pyworker.FLAP_SECONDS + 0.5)
+        time.sleep(2.5)
         assert behind.post({"workflow_json": picture()}).status == 200
 
 
@@ -5872,13 +5957,13 @@ def test_the_readmes_answer_has_the_fields_of_a_real_one(worker: Worker) -> None
 
 def test_the_readmes_tables_are_complete() -> None:
     source = (HERE / "pyworker.py").read_text()
-    known = set(re.findall(r'JobError\(\s*\d+, "(\w+)"', source)) | set(
-        re.findall(r'"(editor_format|invalid_(?!prompt)\w+)"', source)
-    )
+    known = {*re.findall(r'\b[45]\d\d,\s*"([a-z_]+)"', source)}
+    known |= {*re.findall(r'"(editor_format|input_unavailable|invalid_(?!prompt)\w+)"', source)}
+    assert len(known) > 15, f"the source has its errors in another form: {known}"
     assert known <= set(re.findall(r"^\| \d+ \| `(\w+)`", README, re.MULTILINE)), (
         "an error that the README does not know"
     )
-    for each in pyworker.fields(pyworker.Settings):
+    for each in fields(pyworker.Settings):
         row = re.search(rf"^\| [^|]*`{each.name.upper()}`[^|]*\| ([^|]*)\|", README, re.MULTILINE)
         assert row, f"{each.name.upper()} is not in the README"
         shown = {"False": "false", "b''": ""}.get(
@@ -5887,13 +5972,12 @@ def test_the_readmes_tables_are_complete() -> None:
         assert row[1].strip("` ") == shown, each.name
 
 
-def test_the_readmes_metrics_are_those_there_are() -> None:
+def test_the_readmes_metrics_are_those_there_are(worker: Worker) -> None:
     table = re.search(r"^\| `pyworker_…`.*?\n\n", README, re.MULTILINE | re.DOTALL)
-    assert (
-        table
-        and set(re.findall(r"`(\w+?_(?:total|running|waiting|seconds|up))\b", table[0]))
-        == pyworker.METRICS.keys()
-    )
+    assert table, "the README has no table of metrics"
+    shown = set(re.findall(r"`(\w+?_(?:total|running|waiting|seconds|up))\b", table[0]))
+    told = fetch(f"{worker.url}/metrics").body.decode()
+    assert shown == set(re.findall(r"^# TYPE pyworker_(\w+)", told, re.MULTILINE))
 
 
 def test_the_benchmark_measures_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
