@@ -441,8 +441,7 @@ def _bare_name(graph: Graph, name: str) -> InputTargets:
         return _literals(graph, _inputs_named(graph, "seed", "noise_seed"))
     found = _literals(graph, _inputs_named(graph, name))
     # A name that is in both prompts, such as `text`, is ambiguous even if the texts are equal.
-    prompts = [_texts(graph, role) for role in PROMPTS.values()]
-    if all(set(found).intersection(texts) for texts in prompts):
+    if all(set(found).intersection(_texts(graph, role)) for role in PROMPTS.values()):
         raise _ambiguous(graph, name, found)
     _require_equal(graph, name, found)
     return found
