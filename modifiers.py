@@ -536,7 +536,9 @@ def _steps_problems(graph: Graph, values: Values) -> list[str]:
             continue
         start = InputTarget(target.node_id, "start_at_step")
         first_step = values.get(start, _value(graph, start))
-        if isinstance(first_step, int) and 0 < first_step >= steps:
+        # A placeholder for the steps takes a string as well.
+        are_numbers = isinstance(first_step, int) and isinstance(steps, (int, float))
+        if are_numbers and 0 < first_step >= steps:
             problems.append(f"{start} is not below steps: name both")
     return problems
 
