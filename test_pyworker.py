@@ -40,6 +40,7 @@ import math
 import mimetypes
 import os
 import pathlib
+import queue
 import random
 import re
 import resource
@@ -6600,24 +6601,22 @@ def test_the_line_for_cron_deletes_what_is_old_and_nothing_else(tmp_path: pathli
     assert [file for file in files if not file.exists()] == [files[0], files[2]]
 
 
-# The benchmark ########################################################################################################
+# The benchmark ####################################################################################
 
 
 class ByHand:
-    """ComfyUI driven by hand, as scripts do: one websocket kept; prompt, history and view by urllib."""
+    """ComfyUI driven by hand, as scripts do: a websocket for each client, urllib for the rest."""
 
     def __init__(self, url: str) -> None:
-        self._url, self._client_id = url, uuid.uuid4().hex
+        self._url, self._client_id = url, str(uuid.uuid4())
         self._socket = websocket.create_connection(f"ws{url[4:]}/ws?clientId={self._client_id}")
         self._socket.recv()
 
     def run(self, graph: dict[str, Any]) -> int:
         """The bytes of the graph's first picture."""
-        prompt_id = uuid.uuid4().hex
-        fetch(
-            f"{self._url}/prompt",
-            {"prompt": graph, "prompt_id": prompt_id, "client_id": self._client_id},
-        )
+        prompt_id = str(uuid.uuid4())
+        about = {"prompt_id": prompt_id, "client_id": self._client_id}
+        fetch(f"{self._url}/prompt", {"prompt": graph, **about})
         while True:
             frame = self._socket.recv()
             message = json.loads(frame) if isinstance(frame, str) else {"type": "preview"}
@@ -6627,68 +6626,181 @@ class ByHand:
         return len(as_written(self._url, entry["outputs"]["2"]["images"][0]))
 
     def close(self) -> None:
-        """Ends the connection: ComfyUI tells each that is open of all jobs, and waits for those that do not read."""
+        """Ends the connection: ComfyUI sends to every open one, and waits for those not read."""
         self._socket.close()
 
 
-class ByWorker:
-    """The same over the worker, on a kept connection, the picture in the answer, in S3 (as its URL), or as bytes."""
+class Websocket:
+    """The one websocket of the best script, drained by a thread, which wakes the client concerned.
 
-    def __init__(self, url: str, s3: S3 | None = None) -> None:
-        self._connection = http.client.HTTPConnection(url[7:])
-        self._more = {"s3": s3.request} if s3 else {}
+    The thread reads the frames itself: websocket-client takes 0.02 ms for each, 14 to a job.
+    """
 
-    def run(self, graph: dict[str, Any]) -> int:
-        """The bytes of the graph's first picture."""
-        self._connection.request(
-            "POST", "/generate/sync", json.dumps({"input": {"workflow_json": graph, **self._more}})
-        )
-        file = json.load(self._connection.getresponse())["output"][0]
-        return len(base64.b64decode(file["data"])) if "data" in file else int(file["size"])
+    TEXT = 0x81  # the first byte of a text message that is one frame
+
+    def __init__(self, url: str) -> None:
+        self.url, self.client_id = url, str(uuid.uuid4())
+        self._waiting: dict[str, queue.SimpleQueue[None]] = {}
+        self._socket = websocket.create_connection(f"ws{url[4:]}/ws?clientId={self.client_id}")
+        self._socket.recv()
+        self._thread = threading.Thread(target=self._drain, daemon=True)
+        self._thread.start()
+
+    def expect(self, prompt_id: str) -> queue.SimpleQueue[None]:
+        """A queue into which something is put when that prompt has ended."""
+        ended: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._waiting[prompt_id] = ended
+        return ended
+
+    def _drain(self) -> None:
+        with contextlib.suppress(OSError), self._socket.sock.makefile("rb") as stream:
+            while head := stream.read(2):
+                kind, size = head
+                if size > 125:
+                    size = int.from_bytes(stream.read(2 if size == 126 else 8), "big")
+                frame = stream.read(size)
+                if kind == self.TEXT and b'"executing"' in frame:
+                    about = json.loads(frame)["data"]
+                    if about["node"] is None:
+                        self._waiting.pop(about["prompt_id"]).put(None)
+
+    def close(self) -> None:
+        """Ends the connection: ComfyUI answers by closing it, which ends the thread."""
+        self._socket.send_close()
+        self._thread.join()
+        self._socket.shutdown()
+
+
+class KeptConnection:
+    """A kept HTTP connection: a request is one write, and of an answer only the length is read.
+
+    http.client takes 0.1 ms longer for each answer. TCP_NODELAY is set by its `connect`.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._host = url[7:]
+        self._connection = http.client.HTTPConnection(self._host)
+        self._connection.connect()
+        self._stream = self._connection.sock.makefile("rb")
+
+    def fetch(self, method: str, path: str, body: Any = None) -> bytes:
+        """The body of the answer, whose status is 200."""
+        content = b"" if body is None else json.dumps(body).encode()
+        head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        self._connection.sock.sendall(head.encode() + content)
+        status = self._stream.readline()
+        lines = iter(self._stream.readline, b"\r\n")
+        headers = dict(line.lower().split(b":", 1) for line in lines)
+        answer = self._stream.read(int(headers[b"content-length"]))
+        assert status.split()[1] == b"200", answer
+        return answer
 
     def close(self) -> None:
         """Ends the connection."""
+        self._stream.close()
         self._connection.close()
 
 
-def timed(driver: Any, jobs: int, make_graph: Callable[[], Any]) -> list[tuple[float, float]]:
+class ByScript:
+    """ComfyUI driven by the best script there can be.
+
+    Each client keeps its HTTP connection, and all share one websocket. Each posts its next prompt
+    as soon as it has its last picture: ComfyUI's queue holds as many prompts as there are clients.
+    The history is read, as it alone tells whether a prompt has succeeded.
+    """
+
+    def __init__(self, socket: Websocket) -> None:
+        self._socket = socket
+        self._connection = KeptConnection(socket.url)
+        self.close = self._connection.close
+
+    def run(self, graph: dict[str, Any]) -> int:
+        """The bytes of the graph's first picture."""
+        prompt_id = str(uuid.uuid4())
+        ended = self._socket.expect(prompt_id)
+        about = {"prompt_id": prompt_id, "client_id": self._socket.client_id}
+        self._connection.fetch("POST", "/prompt", {"prompt": graph, **about})
+        ended.get(timeout=120)
+        entry = json.loads(self._connection.fetch("GET", f"/history/{prompt_id}"))[prompt_id]
+        query = urllib.parse.urlencode(entry["outputs"]["2"]["images"][0])
+        return len(self._connection.fetch("GET", f"/view?{query}"))
+
+
+class ByWorker:
+    """The same over the worker, the picture in the answer, or in S3 and its URL in the answer."""
+
+    def __init__(self, url: str, s3: S3 | None = None) -> None:
+        self._connection = KeptConnection(url)
+        self._more = {"s3": s3.request} if s3 else {}
+        self.close = self._connection.close
+
+    def run(self, graph: dict[str, Any]) -> int:
+        """The bytes of the graph's first picture."""
+        body = {"input": {"workflow_json": graph, **self._more}}
+        file = json.loads(self._connection.fetch("POST", "/generate/sync", body))["output"][0]
+        return len(base64.b64decode(file["data"])) if "data" in file else int(file["size"])
+
+
+Driver = Callable[[int], contextlib.AbstractContextManager[list[Any]]]  # opens so many clients
+
+
+@contextlib.contextmanager
+def opened(make: Callable[[], Any], clients: int) -> Iterator[list[Any]]:
+    """So many clients, closed at the end."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(contextlib.closing(make())) for _ in range(clients)]
+
+
+@contextlib.contextmanager
+def opened_scripts(url: str, clients: int) -> Iterator[list[Any]]:
+    """So many clients of the best script, with the websocket that they share."""
+    with contextlib.ExitStack() as stack:
+        socket = stack.enter_context(contextlib.closing(Websocket(url)))
+        yield stack.enter_context(opened(functools.partial(ByScript, socket), clients))
+
+
+def by_hand(url: str) -> Driver:
+    return functools.partial(opened, functools.partial(ByHand, url))
+
+
+def by_script(url: str) -> Driver:
+    return functools.partial(opened_scripts, url)
+
+
+def by_worker(url: str, s3: S3 | None = None) -> Driver:
+    return functools.partial(opened, functools.partial(ByWorker, url, s3))
+
+
+def timed(client: Any, jobs: int, make_graph: Callable[[], Any]) -> list[tuple[float, float]]:
     """When each of so many jobs began and ended, one after the other, in seconds."""
     times = []
-    folder = (
-        f"bench-{uuid.uuid4().hex[:8]}"  # of its own: SaveImage looks through all that is there
-    )
+    # in a folder of its own: SaveImage looks through all that is there
+    prefix = f"bench-{uuid.uuid4().hex[:8]}/picture"
     for _ in range(jobs):
         graph = make_graph()
         for each in graph.values():
-            each["inputs"] |= (
-                {"filename_prefix": f"{folder}/picture"}
-                if each["class_type"] == "SaveImage"
-                else {}
-            )
+            if each["class_type"] == "SaveImage":
+                each["inputs"]["filename_prefix"] = prefix
         began = time.perf_counter()
-        assert driver.run(graph) > 0
+        assert client.run(graph) > 0
         times.append((began, time.perf_counter()))
     return times
 
 
 def load(
-    make: Callable[[], Any], clients: int, jobs: int, make_graph: Callable[[], Any]
+    driver: Driver, clients: int, jobs: int, make_graph: Callable[[], Any]
 ) -> tuple[list[float], float]:
-    """The milliseconds of each job that so many clients have run, and the jobs per second of all together.
+    """The milliseconds of each job that so many clients ran, and the jobs/s of all together.
 
-    The rate is that of the answers, from the first to the last: the start of a round does not count.
+    The rate is that of the answers, from the first to the last: the start does not count.
     """
-    with contextlib.ExitStack() as stack:
-        drivers = [stack.enter_context(contextlib.closing(make())) for _ in range(clients)]
-        pool = stack.enter_context(ThreadPoolExecutor(clients))
-        parts = list(
-            pool.map(lambda driver: timed(driver, -(-jobs // clients), make_graph), drivers)
-        )
-    times = [each for part in parts for each in part]
+    run = functools.partial(timed, jobs=-(-jobs // clients), make_graph=make_graph)
+    with driver(clients) as connected, ThreadPoolExecutor(clients) as pool:
+        times = [*itertools.chain.from_iterable(pool.map(run, connected))]
     ends = [ended for _, ended in times]
-    return [(ended - began) * 1000 for began, ended in times], (len(ends) - 1) / (
-        max(ends) - min(ends) or 1
-    )
+    rate = (len(ends) - 1) / (max(ends) - min(ends) or 1)
+    return [(ended - began) * 1000 for began, ended in times], rate
 
 
 def cpu_ms(process_id: int) -> float:
@@ -6703,7 +6815,89 @@ def memory_mb(process_id: int, name: str) -> float:
     return int(re.search(rf"{name}:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
 
-# clients, pixels, with S3
+class Measured:
+    """What one driver needed: the milliseconds of each job; each round's median, and its jobs/s."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.medians: list[float] = []
+        self.rates: list[float] = []
+
+    def add(self, times: list[float], rate: float) -> None:
+        """Adds a round."""
+        self.times += times
+        self.medians.append(statistics.median(times))
+        self.rates.append(rate)
+
+    @property
+    def latency(self) -> str:
+        """The median, and what 95 % stay below, in milliseconds."""
+        times = sorted(self.times)
+        return f"{statistics.median(times):.1f}, {times[len(times) * 95 // 100]:.1f}"
+
+    @property
+    def rate(self) -> float:
+        """The jobs per second: the median of the rounds."""
+        return statistics.median(self.rates)
+
+
+def ratio(rounds: list[float], others: list[float]) -> float:
+    """The median of the rounds' ratios, each round over the one beside it."""
+    return statistics.median(one / other for one, other in zip(rounds, others, strict=True))
+
+
+def compare(
+    drivers: list[Driver],
+    clients: int,
+    jobs: int,
+    make_graph: Callable[[], Any],
+    per_round: int = 50,
+) -> list[Measured]:
+    """What each driver needs for so many jobs; they take turns, in rounds of so many jobs each.
+
+    Strangers on these cores slow it down for a second or for minutes: many short rounds, each
+    compared with the one beside it, bear that best. Who is first changes from turn to turn.
+    """
+    per_round = max(per_round, 5 * clients)  # the start and the end of a round are bursts
+    per_round = max(clients, min(jobs, per_round))
+    measured = [Measured() for _ in drivers]
+    order = collections.deque(zip(drivers, measured, strict=True))
+    for _ in range(math.ceil(jobs / per_round)):
+        for driver, result in order:
+            result.add(*load(driver, clients, per_round, make_graph))
+        order.rotate(-1)
+    return measured
+
+
+@contextlib.contextmanager
+def bench_worker(
+    url: str, folder: pathlib.Path, graph: Any = None, **more: Any
+) -> Iterator[tuple[int, str]]:
+    """The process id and the URL of a fresh worker.
+
+    It is warm where there is a graph, which is run first, with what is more in its request.
+    """
+    worker_url = f"http://127.0.0.1:{free_port()}"
+    variables = {
+        "COMFYUI_API_BASE": url,
+        "PORT": worker_url.rpartition(":")[2],
+        "ALLOW_PRIVATE_ADDRESSES": "true",
+        "MAX_QUEUE_SIZE": "5000",
+        "OUTPUT_BASE64_MAX_BYTES": str(1 << 30),
+    }
+    command = (sys.executable, str(HERE / "pyworker.py"))
+    with process(*command, log=folder / "worker.log", env=os.environ | variables) as running:
+        wait_for(
+            "the worker is ready",
+            lambda: answers(f"{worker_url}/health") and fetch(f"{worker_url}/health"),
+        )
+        if graph:
+            body = {"input": {"workflow_json": graph, **more}}
+            assert fetch(f"{worker_url}/generate/sync", body).status == 200
+        yield running.pid, worker_url
+
+
+# clients, pixels, whether the worker's pictures go to S3, where the others' never do
 BENCH = [
     (1, 64, False),
     (1, 64, True),
@@ -6713,68 +6907,14 @@ BENCH = [
     (64, 64, True),
 ]
 BENCH_HEAD = """
-| clients | picture | to | by hand: median, 95 % (ms) | worker: median, 95 % (ms) | time: ratio | by hand: jobs/s | worker: jobs/s | jobs/s: ratio | worker's CPU per job (ms) |
-|---|---|---|---|---|---|---|---|---|---|"""  # noqa: E501
-
-
-def compare(
-    one: Callable[[], Any],
-    other: Callable[[], Any],
-    clients: int,
-    jobs: int,
-    graph: Any,
-    per_round: int = 50,
-) -> list[Any]:
-    """Both by turns, in rounds of so many jobs: latencies in ms (lists), jobs/s and their ratio (medians).
-
-    Strangers on these cores slow it down for a second or for minutes: many short rounds, each compared with the one
-    beside it, bear that best.
-    """
-    times: tuple[list[float], list[float]] = ([], [])
-    rates: tuple[list[float], list[float]] = ([], [])
-    per_round = max(
-        clients, min(jobs, max(per_round, 5 * clients))
-    )  # their start and end are bursts
-    for number in range(2 * math.ceil(jobs / per_round)):
-        turn = (number + number // 2) % 2  # who is first changes from round to round
-        found, rate = load((one, other)[turn], clients, per_round, graph)
-        times[turn].extend(found)
-        rates[turn].append(rate)
-    ratios = [other_rate / rate for rate, other_rate in zip(*rates, strict=True)]
-    return [*map(sorted, times), *map(statistics.median, (*rates, ratios))]
-
-
-@contextlib.contextmanager
-def bench_worker(
-    url: str, folder: pathlib.Path, graph: Any = None, **more: Any
-) -> Iterator[tuple[int, str]]:
-    """The process id and the URL of a fresh worker; warm, if there is a graph, which is run first with what is more."""
-    worker_url = f"http://127.0.0.1:{free_port()}"
-    variables = {
-        "COMFYUI_API_BASE": url,
-        "PORT": worker_url.rpartition(":")[2],
-        "ALLOW_PRIVATE_ADDRESSES": "true",
-    }
-    variables |= {"MAX_QUEUE_SIZE": "5000", "OUTPUT_BASE64_MAX_BYTES": str(1 << 30)}
-    command = (sys.executable, str(HERE / "pyworker.py"))
-    with process(*command, log=folder / "worker.log", env=os.environ | variables) as running:
-        wait_for(
-            "the worker is ready",
-            lambda: answers(f"{worker_url}/health") and fetch(f"{worker_url}/health"),
-        )
-        if graph:
-            assert (
-                fetch(
-                    f"{worker_url}/generate/sync", {"input": {"workflow_json": graph, **more}}
-                ).status
-                == 200
-            )
-        yield running.pid, worker_url
+| clients | picture | to | by hand: median, 95 % (ms) | best script: median, 95 % (ms) | worker: median, 95 % (ms) | time over by hand, best script | by hand: jobs/s | best script: jobs/s | worker: jobs/s | jobs/s over by hand, best script | worker's CPU per job (ms) |
+|---|---|---|---|---|---|---|---|---|---|---|---|"""  # noqa: E501
 
 
 def bench(comfyui: str | None, jobs: int, scale: float = 1) -> None:
-    """Prints what the worker adds to ComfyUI driven by hand, measured side by side in one run; on Linux.
+    """Prints what the worker adds to ComfyUI driven by hand, and by the best script; on Linux.
 
+    All are measured side by side, in one run.
     scale: of the sizes and numbers in the second table, which is left out if it is 0.
     """
     if comfyui and not answers(f"{comfyui}/system_stats"):
@@ -6784,48 +6924,55 @@ def bench(comfyui: str | None, jobs: int, scale: float = 1) -> None:
         url = comfyui or stack.enter_context(stand_in(free_port(), folder))
         s3 = stack.enter_context(seaweedfs(folder))
         process_id, worker_url = stack.enter_context(bench_worker(url, folder))
-        at_rest, about = (
-            memory_mb(process_id, "VmRSS"),
-            fetch(f"{worker_url}/health").json["comfyui"],
-        )
-        kind = (
-            f"ComfyUI {about['version']} on {about['device']}"
-            if comfyui
-            else "a stand-in for ComfyUI, no real one"
-        )
+        at_rest = memory_mb(process_id, "VmRSS")
+        about = fetch(f"{worker_url}/health").json["comfyui"]
+        kind = f"ComfyUI {about['version']} on {about['device']}"
+        kind = kind if comfyui else "a stand-in for ComfyUI, no real one"
         print(f"{kind}; {os.cpu_count()} CPU cores; Python {sys.version.split()[0]}\n{BENCH_HEAD}")
-        # a fresh ComfyUI whose first pictures are small gives larger ones' memory back after each: 2,600 page faults
-        load(functools.partial(ByWorker, worker_url), 8, 16, functools.partial(picture, size=512))
+        # A fresh ComfyUI whose first pictures are small gives the memory of larger ones back after
+        # each: 2,600 page faults.
+        load(by_worker(worker_url), 8, 16, functools.partial(picture, size=512))
         for clients, size, with_s3 in BENCH:
-            graph = functools.partial(picture, size=size)
-            by_worker = functools.partial(ByWorker, worker_url, s3 if with_s3 else None)
-            load(by_worker, clients, clients, graph)  # warms both up
-            before = cpu_ms(process_id)
-            by_hand = functools.partial(ByHand, url)
-            hand, worker, hand_rate, rate, rate_ratio = compare(
-                by_hand, by_worker, clients, jobs, graph
-            )
-            spent = (cpu_ms(process_id) - before) / len(worker)
-            both = [
-                f"{each[len(each) // 2]:.1f}, {each[len(each) * 95 // 100]:.1f}"
-                for each in (hand, worker)
-            ]
-            ratio = worker[len(worker) // 2] / hand[len(hand) // 2]
-            cells = [
-                clients,
-                f"{size}x{size}",
-                "S3" if with_s3 else "the answer",
-                *both,
-                f"{ratio:.2f}",
-            ]
-            cells += [f"{hand_rate:.1f}", f"{rate:.1f}", f"{rate_ratio:.2f}", f"{spent:.1f}"]
-            print(f"| {' | '.join(map(str, cells))} |", flush=True)
+            worker = by_worker(worker_url, s3 if with_s3 else None)
+            cells = [str(clients), f"{size}x{size}", "S3" if with_s3 else "the answer"]
+            cells += bench_line(url, process_id, worker, clients, size, jobs)
+            print(f"| {' | '.join(cells)} |", flush=True)
         peak = memory_mb(process_id, "VmHWM")
         print(f"\nThe worker's memory: {at_rest:.0f} MB at rest, {peak:.0f} MB at its peak.")
         print(FIGURES_HEAD if scale else "")
         steps = 1 if comfyui else 15  # of a sampler, a job of 100 ms or more
         for name, value in figures(url, folder, s3, scale, steps) if scale else ():
             print(f"| {name} | {value} |", flush=True)
+
+
+@contextlib.contextmanager
+def counting_cpu(
+    process_id: int, spent_ms: list[float], driver: Driver, clients: int
+) -> Iterator[list[Any]]:
+    """Opens the driver's clients, and notes what the process spends until they are closed."""
+    before = cpu_ms(process_id)
+    with driver(clients) as connected:
+        yield connected
+    spent_ms.append(cpu_ms(process_id) - before)
+
+
+def bench_line(
+    url: str, process_id: int, worker_driver: Driver, clients: int, size: int, jobs: int
+) -> list[str]:
+    """The figures of one line of the table; the process is the worker's."""
+    spent_ms: list[float] = []  # in its own rounds: ComfyUI tells it of the others' jobs as well
+    counted = functools.partial(counting_cpu, process_id, spent_ms, worker_driver)
+    graph = functools.partial(picture, size=size)
+    load(worker_driver, clients, clients, graph)  # warms both up
+    measured = compare([by_hand(url), by_script(url), counted], clients, jobs, graph)
+    hand, script, worker = measured
+    return [
+        *(each.latency for each in measured),
+        f"{ratio(worker.medians, hand.medians):.2f}, {ratio(worker.medians, script.medians):.2f}",
+        *(f"{each.rate:.1f}" for each in measured),
+        f"{ratio(worker.rates, hand.rates):.2f}, {ratio(worker.rates, script.rates):.2f}",
+        f"{sum(spent_ms) / len(worker.times):.1f}",
+    ]
 
 
 FIGURES_HEAD = "\n| what else | |\n|---|---|"
@@ -6877,26 +7024,20 @@ def drained(url: str, input: dict[str, Any], headers: dict[str, str] | None = No
 def figures(
     url: str, folder: pathlib.Path, s3: S3, scale: float, steps: int
 ) -> Iterator[tuple[str, str]]:
-    """What the worker needs for large files, a long queue and a slow S3: name and value, one after the other."""
+    """What large files, a long queue and a slow S3 cost the worker: names and values."""
     starts = [start_ms(url) for _ in range(math.ceil(15 * scale))]
     yield "starts to listen after (median)", f"{statistics.median(starts):.0f} ms"
-    for size, more, headers, name in (
-        (
-            1e9,
-            {"return_outputs_as_base64": False},
-            {"Accept": "application/octet-stream"},
-            "{} as bytes",
-        ),
-        (1e9, {"s3": s3.request}, {}, "{} to S3"),
-        (6e7, {}, {}, "{} as base64"),
+    as_bytes = {"return_outputs_as_base64": False}
+    for size, more, headers, kind in (
+        (1e9, as_bytes, {"Accept": "application/octet-stream"}, "as bytes"),
+        (1e9, {"s3": s3.request}, {}, "to S3"),
+        (6e7, {}, {}, "as base64"),
     ):
         with bench_worker(url, folder, picture(), **more) as (process_id, worker_url):
             input = {"workflow_json": large_latent(size * scale), **more}
             grown = growth_mb(process_id, functools.partial(drained, worker_url, input, headers))
-        yield (
-            f"{name.format(f'an output of {size * scale / 1e6:g} MB')}: memory grows by",
-            f"{grown:.0f} MB",
-        )
+        megabytes = f"{size * scale / 1e6:g} MB"
+        yield f"an output of {megabytes} {kind}: memory grows by", f"{grown:.0f} MB"
     yield from input_figure(url, folder, 9e7 * scale)
     yield from overlap_figure(url, folder, s3, scale, functools.partial(text2image, steps=steps))
     yield from queue_figures(
@@ -6944,42 +7085,42 @@ def overlap_figure(
 ) -> Iterator[tuple[str, str]]:
     tunnel = SlowTunnel(s3.endpoint)
     with bench_worker(url, folder, graph(), s3=s3.request) as (_, worker_url):
-        plain = functools.partial(ByWorker, worker_url)
-        _, rate = load(plain, 4, math.ceil(20 * scale), graph)
+        without_s3 = by_worker(worker_url)
+        _, rate = load(without_s3, 4, math.ceil(20 * scale), graph)
         tunnel.seconds = 1 / rate
-        slow = functools.partial(ByWorker, worker_url, replace(s3, endpoint=tunnel.url))
-        *_, rate, slow_rate, ratio = compare(plain, slow, 4, math.ceil(300 * scale), graph, 20)
-    name = f"jobs of {1000 / rate:.0f} ms, uploads that take as long: jobs/s over those without S3"
-    yield name, f"{slow_rate:.2f} over {rate:.2f}: {ratio:.2f}"
+        slow_s3 = by_worker(worker_url, replace(s3, endpoint=tunnel.url))
+        drivers = [without_s3, slow_s3]
+        plain, slow = compare(drivers, 4, math.ceil(300 * scale), graph, per_round=20)
+    milliseconds = 1000 / plain.rate
+    name = f"jobs of {milliseconds:.0f} ms, uploads that take as long: jobs/s over those without S3"
+    over = ratio(slow.rates, plain.rates)
+    yield name, f"{slow.rate:.2f} over {plain.rate:.2f}: {over:.2f}"
 
 
 def queue_figures(
-    url: str, folder: pathlib.Path, waiting: int, graph: Any, timed_jobs: int = 24
+    url: str, folder: pathlib.Path, waiting: int, graph: Any
 ) -> Iterator[tuple[str, str]]:
-    """The cost of a long queue: memory, and the time that jobs before it take on the GPU."""
+    """The cost of a long queue: memory, and the time that 24 jobs before it take on the GPU."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     with (
         bench_worker(url, folder, text2image()) as (process_id, worker_url),
         contextlib.ExitStack() as stack,
     ):
         worker = Worker(worker_url, folder / "worker.log", None)  # type: ignore[arg-type]
-        times: dict[int, list[int]] = {0: [], waiting: []}
-        grown = [0.0]
-        for number in (0, waiting):
+        times: dict[int, list[int]] = {}
+        for behind in (0, waiting):
             running = in_background(worker.post, {"workflow_json": long_job(300)})
             wait_for("it runs", lambda: worker.health().json["running"])
-            jobs = [
-                in_background(worker.post, {"workflow_json": graph()}) for _ in range(timed_jobs)
-            ]
-            wait_for("they wait", functools.partial(in_line, worker, timed_jobs))
+            jobs = [in_background(worker.post, {"workflow_json": graph()}) for _ in range(24)]
+            wait_for("they wait", functools.partial(in_line, worker, 24))
             before = memory_mb(process_id, "VmRSS")
-            for _ in range(number):
+            for _ in range(behind):
                 stack.enter_context(connect(worker, {"workflow_json": picture()}))
-            wait_for("all wait", functools.partial(in_line, worker, timed_jobs + number), 120)
-            grown.append(memory_mb(process_id, "VmRSS") - before)
+            wait_for("all wait", functools.partial(in_line, worker, 24 + behind), 120)
+            grown = memory_mb(process_id, "VmRSS") - before
             running.result(300)
-            times[number] = [job.result(300).json["timings"]["generation_ms"] for job in jobs]
-    yield f"{waiting} waiting requests: memory grows by", f"{grown[-1]:.0f} MB"
+            times[behind] = [job.result(300).json["timings"]["generation_ms"] for job in jobs]
+    yield f"{waiting} waiting requests: memory grows by", f"{grown:.0f} MB"
     medians = [statistics.median(each) for each in times.values()]
     name = f"generation with {waiting} waiting over that with none (medians)"
     yield name, f"{medians[1]:.0f} over {medians[0]:.0f} ms: {medians[1] / medians[0]:.2f}"
