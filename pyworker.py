@@ -10,17 +10,20 @@
     GET  /metrics         tells Prometheus what it has done
 
 What was asked is read once into a frozen `Request`. A `Job` carries it: the files that its workflow
-names are fetched, it waits in the `GpuQueue`, runs in ComfyUI, and its outputs are delivered into
-the answer, into S3 and to a webhook. ComfyUI is spoken to over HTTP. One websocket, kept for the
-worker's life and always drained, tells when a prompt ends. ComfyUI's history is authoritative: the
-websocket only says when to look. When the websocket's connection is lost, history and queue are
-asked until the prompt has ended, and a prompt that ComfyUI lost as well is submitted again, once.
+names are fetched, the job waits in the `GpuQueue`, ComfyUI runs the workflow, and its outputs are
+delivered into the answer, into S3 and to a webhook. ComfyUI is spoken to over HTTP. One websocket,
+kept for the worker's life and always drained, tells when a prompt ends. ComfyUI's history is
+authoritative: the websocket only says when to look. When the websocket's connection is lost,
+ComfyUI's history and queue are polled until the prompt has ended. A prompt that ComfyUI has lost is
+submitted once more. A job whose history or cached files are gone is run again, MAX_RUNS at most.
 
-Each HTTP connection has a thread. One lock around submit-to-finished keeps the GPU to one job;
+Each HTTP connection has a thread. The GpuQueue keeps submit-to-finished to one job at a time;
 everything else (checking, fetching, uploading, webhooks) runs outside it.
 
-Chapters, in the order in which a request meets them: settings, errors, request and job, addresses
-and inputs, ComfyUI, delivery, worker, HTTP, command line. MIT licence.
+Chapters stand bottom-up, each uses only those above it: settings, errors, request and job,
+addresses and inputs, ComfyUI, delivery, worker, HTTP, command line. To follow a request, begin at
+`Handler._generate`, then read `read_request`, `Worker.process`, `_prepare`, `_run_once` and `end`.
+MIT licence.
 """
 
 from __future__ import annotations
@@ -37,7 +40,6 @@ import logging
 import math
 import mimetypes
 import os
-import queue
 import random
 import re
 import select
@@ -54,6 +56,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from ipaddress import IPv4Address, ip_address, ip_network
+from queue import Empty, SimpleQueue
 from signal import SIGINT, SIGTERM, signal
 from threading import Condition, Event, Lock, Thread
 from time import monotonic
@@ -83,7 +86,7 @@ Output = JsonObject  # one entry of an answer's "output"
 
 
 def start_thread(name: str, action: Callable[..., None], *args: Any) -> None:
-    """Runs the action in a thread of its own, which does not keep the process from ending."""
+    """Starts a daemon thread: one that does not keep the process from ending."""
     Thread(target=action, args=args, name=name, daemon=True).start()
 
 
@@ -111,9 +114,8 @@ def reader(expected: str, is_valid: Callable[[Any], Any]) -> Reader:
 
 def number_reader(low: float, high: float, *types: type) -> Reader:
     """Makes a reader of numbers from low to high. A bool is none, although Python says so."""
-    kind = "number" if float in types else "whole number"
     return reader(
-        f"a {kind} from {low:g} to {high}",
+        f"a {'number' if float in types else 'whole number'} from {low:g} to {high}",
         lambda value: type(value) in types and low <= value <= high,
     )
 
@@ -252,7 +254,7 @@ class Settings:
     s3_url_expires: int = _setting(
         number_reader(1, 604800, int), "seconds that a presigned URL is valid", 604800
     )
-    webhook_url: str = _setting(read_url, "gets a POST for every job that ends")
+    webhook_url: str = _setting(read_url, "gets a POST when a job that was queued ends")
     webhook_timeout: float = _setting(
         read_timeout, "seconds until a webhook's receiver counts as silent", 30.0
     )
@@ -330,7 +332,7 @@ class JobError(Exception):
         return self.type if self.type in ("timeout", "cancelled") else "failed"
 
 
-def invalid(message: str, type: str = "invalid_request", **details: Any) -> JobError:
+def bad_request(message: str, type: str = "invalid_request", **details: Any) -> JobError:
     """The error of a request that is not in order."""
     return JobError(400, type, message, **details)
 
@@ -351,8 +353,8 @@ def unavailable(state: str) -> JobError:
 
 
 @contextmanager
-def bugs_answered(job_id: str | None) -> Iterator[None]:
-    """Turns a bug of the worker into the 500 internal_error, and logs it.
+def bugs_answered(job: Job) -> Iterator[None]:
+    """Logs a bug in the block, and raises the 500 internal_error in its place.
 
     A bug must not cost the client its answer, nor the webhook its message.
     """
@@ -361,7 +363,7 @@ def bugs_answered(job_id: str | None) -> Iterator[None]:
     except JobError:
         raise
     except Exception:  # whatever a bug raises
-        log.exception("job %s met a bug of the worker", job_id)
+        log.exception("job %s met a bug of the worker", job.id)
         raise JobError(500, "internal_error", "the worker failed; its log says why") from None
 
 
@@ -374,26 +376,26 @@ MAX_JSON_VALUES = 10**6
 MAX_JSON_DEPTH = 100
 EVENT_STREAM = "text/event-stream"
 JSON = "application/json"
-BYTES = "application/octet-stream"
+OCTET_STREAM = "application/octet-stream"
 TIMINGS = ("queue_ms", "preprocess_ms", "generation_ms", "postprocess_ms")
 
 
 def parse_body(body: bytes) -> JsonObject:
     """The object with "input" in it, out of a serverless envelope's "payload"; 400 otherwise."""
     if not body.strip():
-        raise invalid('the body is empty; send JSON: {"input": {"workflow_json": {...}}}')
+        raise bad_request('the body is empty; send JSON: {"input": {"workflow_json": {...}}}')
     if sum(body.count(each) for each in (b",", b"[", b"{")) > MAX_JSON_VALUES:
-        raise invalid(f"the body has more than {MAX_JSON_VALUES} values")
+        raise bad_request(f"the body has more than {MAX_JSON_VALUES} values")
     try:
         value = json.loads(body, parse_constant=_parse_finite, parse_float=_parse_finite)
         # Halves of surrogate pairs cannot be encoded: no answer could repeat them.
         json.dumps(map_strings(value, str, MAX_JSON_DEPTH), ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # JSON's and Unicode's errors are ValueErrors
-        raise invalid(f"the body is not JSON that can be read: {error}") from None
+        raise bad_request(f"the body is not JSON that can be read: {error}") from None
     if isinstance(value, dict) and isinstance(value.get("payload"), dict):
         value = value["payload"]
     if not isinstance(value, dict) or not isinstance(value.get("input"), dict):
-        raise invalid(
+        raise bad_request(
             'the body has to be a JSON object with the job in "input":'
             ' {"input": {"workflow_json": {...}}}'
         )
@@ -435,14 +437,14 @@ def fill_random_ints(value: Any) -> Any:
 
 
 def read_graph(graph: Any) -> Graph:
-    """A copy of the graph, random numbers filled in; ValueError where it is not in API format.
+    """A copy of the graph, random numbers filled in. ComfyUI answers some malformed ones with 500.
 
-    ComfyUI would answer some malformed graphs with 500.
+    Raises ValueError, and JobError (editor_format) for the editor's own format.
     """
     if not isinstance(graph, dict):
         raise ValueError("has to be an object of nodes in ComfyUI's API format, and no text")
     if isinstance(graph.get("nodes"), list):
-        raise invalid(
+        raise bad_request(
             "the workflow is in the editor's own format;"
             " in ComfyUI, use Workflow > Export (API) and send that",
             "editor_format",
@@ -480,7 +482,7 @@ def read_accept(value: Any) -> str:
         if media_range in ("*/*", JSON):
             break
         is_media = re.fullmatch(r"(image|video|audio)/[\w.+*-]+", media_range)
-        if is_media or media_range in (EVENT_STREAM, BYTES):
+        if is_media or media_range in (EVENT_STREAM, OCTET_STREAM):
             return str(media_range)
     return JSON
 
@@ -493,7 +495,8 @@ def _field(read: Reader, **default: Any) -> Any:
 class Request:
     """What was asked, checked once and never changed.
 
-    The fields with a reader are those of the request's `input`, under the same names.
+    The fields with a reader are those of the request's `input`, under the same names. Once the
+    workflow is built, the job drops what it was built from: data URIs in it may be large.
     """
 
     modifier: str = _field(read_text, default="")
@@ -522,7 +525,7 @@ class Request:
     @property
     def wants_file(self) -> bool:
         """Whether the answer is the bytes of one output."""
-        return self.accept not in (JSON, EVENT_STREAM)
+        return self.accept not in (JSON, EVENT_STREAM) and not self.is_async
 
     def is_public_only(self, setting: str) -> bool:
         """Whether that setting, a URL, is the request's and may not lead to a private address."""
@@ -539,35 +542,38 @@ ID_READERS = {
 REQUEST_READERS = {
     each.name: each.metadata["read"] for each in fields(Request) if "read" in each.metadata
 }
-# Fields that are over a setting of the operator: one that does not exist is a KeyError here.
+# Fields that override a setting. A setting that does not exist is a KeyError here.
 OVERRIDE_READERS = {"comfy_org_api_key": SETTING_READERS["comfy_org_api_key"]}
-S3_READERS = {
-    name: SETTING_READERS[f"s3_{name}"]
-    for name in ("access_key_id", "secret_access_key", "endpoint_url", "region")
+GROUPS = {
+    "s3": {
+        **{
+            name: SETTING_READERS[f"s3_{name}"]
+            for name in ("access_key_id", "secret_access_key", "endpoint_url", "region")
+        },
+        # An ARN in a bucket's place would choose another endpoint.
+        "bucket_name": pattern_reader(
+            r"[A-Za-z0-9._-]{3,255}", "the name of a bucket, 3 to 255 of A-Z a-z 0-9 . _ -"
+        ),
+    },
+    "webhook": {
+        **{name: SETTING_READERS[f"webhook_{name}"] for name in ("url", "timeout", "secret")},
+        "extra_params": read_object,
+    },
 }
-# An ARN in a bucket's place would choose another endpoint.
-S3_READERS["bucket_name"] = pattern_reader(
-    r"[A-Za-z0-9._-]{3,255}", "the name of a bucket, 3 to 255 of A-Z a-z 0-9 . _ -"
-)
-WEBHOOK_READERS = {
-    name: SETTING_READERS[f"webhook_{name}"] for name in ("url", "timeout", "secret")
-}
-WEBHOOK_READERS["extra_params"] = read_object
-GROUPS = {"s3": S3_READERS, "webhook": WEBHOOK_READERS}
 INPUT_FIELDS = {*ID_READERS, *REQUEST_READERS, *OVERRIDE_READERS, *GROUPS}
 
 
-class Message(NamedTuple):
+class Notice(NamedTuple):
     """Something that a waiting or running job has to know; most are ComfyUI's, with its data."""
 
     type: str
     data: JsonObject = {}  # noqa: RUF012  # never changed
 
 
-SILENCE = Message("silence")  # there was no message for as long as the job waited
-TURN = Message("turn")  # the job is the first in the queue
-MOVED = Message("moved")  # the queue has moved
-ABORT = Message("abort")  # the job has to end
+SILENCE = Notice("silence")  # there was no message for as long as the job waited
+TURN = Notice("turn")  # the job is the first in the queue
+MOVED = Notice("moved")  # the queue has moved
+ABORT = Notice("abort")  # the job has to end
 
 
 @dataclass(repr=False, eq=False)
@@ -584,16 +590,16 @@ class Job:
     warnings: list[str] = field(default_factory=list)
     workflow: Graph = field(default_factory=dict)  # as it is run; empty until it is built
     prompt_id: str = field(default_factory=lambda: str(uuid4()))
-    inbox: queue.SimpleQueue[Message] = field(default_factory=queue.SimpleQueue)
+    inbox: SimpleQueue[Notice] = field(default_factory=SimpleQueue)
     abort_error: JobError | None = None
-    is_accepted: bool = False  # it had a place in the queue, so its webhook is owed
+    is_accepted: bool = False  # it was queued, so its webhook is owed
     has_turn: bool = False  # on the GPU
-    submitted: Event = field(default_factory=Event)  # or it never will be
-    percent: float = 0.0  # of its progress, as far as it was told
+    submitted: Event = field(default_factory=Event)  # set once the prompt was posted, or never will
+    percent: float = 0.0  # the highest progress that was reported
     history: JsonObject = field(default_factory=dict)  # ComfyUI's entry for the prompt
     outputs: list[Output] = field(default_factory=list)
     answer_file: Output | None = None  # the output whose bytes are the answer
-    answer_preview: str = ""  # what /view converts that file to; empty: nothing
+    answer_conversion: str = ""  # see conversion_of
 
     @property
     def settings(self) -> Settings:
@@ -624,11 +630,11 @@ class Job:
         self.abort_error = error
         self.inbox.put(ABORT)
 
-    def next_message(self, seconds: float | None = None) -> Message:
+    def next_notice(self, seconds: float | None = None) -> Notice:
         """The next message, SILENCE if there is none for so long; raises the error of `abort`."""
         try:
             message = self.inbox.get(timeout=seconds)
-        except queue.Empty:
+        except Empty:
             return SILENCE
         if message is ABORT and self.abort_error:
             raise self.abort_error
@@ -638,8 +644,8 @@ class Job:
 def read_request(job: Job, body: JsonObject, headers: dict[str, str], settings: Settings) -> None:
     """Sets the job's id and request, request over headers, over the operator's settings.
 
-    body: {"input": {…}}. headers: "accept" and "prefer". Raises JobError where a rule is broken,
-    once the id and the warnings are set, which an answer to that shows too.
+    body: {"input": {…}}. headers: "accept" and "prefer". Raises JobError where a rule is broken;
+    the id is set by then, the warnings only if each field could be read.
     """
     job.id = str(uuid4())
     given = body["input"]
@@ -654,7 +660,7 @@ def read_request(job: Job, body: JsonObject, headers: dict[str, str], settings: 
                 own[f"{group}_{name}"] = value
         values = read_fields(headers, REQUEST_READERS) | read_fields(given, REQUEST_READERS)
     except ValueError as error:
-        raise invalid(str(error)) from None
+        raise bad_request(str(error)) from None
     misplaced = [f"{name}, beside input," for name in body if name in INPUT_FIELDS]
     for name in sorted(unknown) + misplaced:
         job.warnings.append(f"{name:.50} is no field of a request; it was ignored")
@@ -678,18 +684,18 @@ def _unknown(given: JsonObject, known: Container[str], prefix: str = "") -> list
 
 
 def _check_source(values: JsonObject, unknown: list[str]) -> None:
-    """400 unless there is one modifier or one workflow."""
+    """Raises the 400 unless the request names exactly one of modifier and workflow_json."""
     has_modifier, has_workflow = "modifier" in values, "workflow_json" in values
     if has_workflow and not has_modifier and "modifications" in values:
-        raise invalid(
+        raise bad_request(
             "modifications go with a modifier;"
             " with workflow_json, put the values into the workflow itself"
         )
     if has_modifier == has_workflow:
-        found = "both" if has_modifier else "neither"
         misspelt = f"; unknown: {', '.join(unknown[:5]):.200}" if unknown else ""
-        raise invalid(
-            f"give exactly one of modifier and workflow_json in input, not {found}{misspelt}"
+        raise bad_request(
+            f"give exactly one of modifier and workflow_json in input, not"
+            f" {'both' if has_modifier else 'neither'}{misspelt}"
         )
 
 
@@ -700,18 +706,18 @@ def _override(settings: Settings, own: JsonObject) -> tuple[Settings, frozenset[
     """
     changed = {name for name, value in own.items() if value != getattr(settings, name)}
     if ("s3_access_key_id" in own) != ("s3_secret_access_key" in own):
-        raise invalid(
+        raise bad_request(
             "s3.access_key_id and s3.secret_access_key come in pairs: give both or neither"
         )
     if "webhook_url" in changed:
         own = {"webhook_secret": b"", **own}
     result = replace(settings, **own)
     if any(name.startswith("s3_") for name in own) and not result.s3_bucket_name:
-        raise invalid("s3 needs a bucket: give s3.bucket_name, or set S3_BUCKET_NAME")
+        raise bad_request("s3 needs a bucket: give s3.bucket_name, or set S3_BUCKET_NAME")
     if "s3_endpoint_url" in changed and "s3_access_key_id" not in own:
-        raise invalid("s3.endpoint_url needs its own s3.access_key_id and s3.secret_access_key")
+        raise bad_request("s3.endpoint_url needs its own s3.access_key_id and s3.secret_access_key")
     if "s3_bucket_name" in changed and not result.s3_access_key_id:
-        raise invalid(
+        raise bad_request(
             "s3.bucket_name needs s3.access_key_id and s3.secret_access_key:"
             " this worker has no keys for it"
         )
@@ -724,7 +730,9 @@ def _check_webhook(job: Job) -> None:
     if request.settings.webhook_url:
         return
     if request.is_async:
-        raise invalid("Prefer: respond-async needs a webhook: give webhook.url, or set WEBHOOK_URL")
+        raise bad_request(
+            "Prefer: respond-async needs a webhook: give webhook.url, or set WEBHOOK_URL"
+        )
     if request.extra_params or {"webhook_timeout", "webhook_secret"} & request.overridden:
         job.warnings.append("no webhook is sent: neither webhook.url nor WEBHOOK_URL is set")
 
@@ -742,7 +750,7 @@ def seeds(graph: Graph) -> dict[str, int]:
 # Addresses and inputs #############################################################################
 
 CHUNK_BYTES = 1 << 16
-# Without a byte; ComfyUI lists huge model folders while it checks a graph.
+# The longest stall of a read or write: ComfyUI lists huge model folders while it checks a graph.
 HTTP_SECONDS = 60
 IDLE_SECONDS = 30  # that a connection is kept unused; ComfyUI closes it after 75
 MAX_REDIRECTS = 5
@@ -772,8 +780,9 @@ def is_public(address: str) -> bool:
     ip = ip_address(address.partition("%")[0])
     if any(ip in each for each in V4_IN_V6):  # mapped IPv4, and NAT64
         return is_public(str(IPv4Address(int(ip) & 0xFFFFFFFF)))
-    is_routed = ip.is_global and (ip.version == 4 or ip in V6_PUBLIC)
-    return is_routed and not any(ip in each for each in SPECIAL_RANGES)
+    if not ip.is_global or any(ip in each for each in SPECIAL_RANGES):
+        return False
+    return ip.version == 4 or ip in V6_PUBLIC
 
 
 def public_addresses(host: str, port: int) -> list[Any]:
@@ -795,7 +804,7 @@ def check_public(name: str, url: str, must_resolve: bool) -> None:
         public_addresses(parts.hostname or "", parts.port or 443)
     except (OSError, UnicodeError) as error:
         if isinstance(error, PermissionError) or must_resolve:
-            raise invalid(f"{name}: {error}") from None
+            raise bad_request(f"{name}: {error}") from None
 
 
 def _connect_public(address: tuple[str, int], timeout: float, *_: Any) -> socket.socket:
@@ -823,8 +832,7 @@ class CheckedResponse(HTTPResponse):
 def connect(url: str, timeout: float, is_public_only: bool = False) -> HTTPConnection:
     """A connection to the URL's server, past any proxy of the environment; see CONNECTION_LOST."""
     parts = urlsplit(url)
-    is_https = parts.scheme == "https"
-    kind = HTTPSConnection if is_https else HTTPConnection
+    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     connection = kind(parts.hostname or "", parts.port or kind.default_port, timeout=timeout)
     connection.response_class = CheckedResponse
     if is_public_only:  # TLS comes on top of it
@@ -934,7 +942,7 @@ def download(job: Job, source: str) -> tuple[BinaryIO, str]:
         if mimetype == "text/html":
             raise ValueError("it is a web page, and no file")
     except (*CONNECTION_LOST, ValueError) as error:
-        raise invalid(
+        raise bad_request(
             f"the input {shown:.200} cannot be had: {error}", "input_unavailable"
         ) from None
     file.seek(0)
@@ -958,13 +966,17 @@ def _extension(head: bytes, mimetype: str, url: str) -> str:
     """The extension that the file's first bytes, its type or its URL tell, in this order."""
     if found := MAGIC.match(head):
         return f".{found.lastgroup}"
-    known = mimetypes.guess_extension(mimetype) if mimetype != BYTES else None
+    known = mimetypes.guess_extension(mimetype) if mimetype != OCTET_STREAM else None
     return known or "".join(re.findall(r"(?a)\.\w{1,12}$", url))
 
 
 # ComfyUI: what it says, in words ##################################################################
 
-FILE = {"filename": "", "subfolder": "", "type": "output"}  # what names a file, and the defaults
+FILE_DEFAULTS = {
+    "filename": "",
+    "subfolder": "",
+    "type": "output",
+}  # what names a file, and the defaults
 HINTS = {  # by the type of ComfyUI's refusal
     "prompt_no_outputs": "; add an output node that saves, such as SaveImage, and connect it",
     "invalid_prompt": "; check the spelling, or install the custom nodes that bring it",
@@ -990,7 +1002,7 @@ def scrub(value: Any) -> Any:
 
 
 @contextmanager
-def parsing() -> Iterator[None]:
+def bad_answer_as_502() -> Iterator[None]:
     """Turns what is raised over an answer of unknown shape into the 502 comfyui_error."""
     try:
         yield
@@ -1064,15 +1076,15 @@ def _describe_missing_choice(class_type: str, extra: JsonObject, choices: Choice
     return f"{name} {value!r} is not {'installed' if is_file else 'a choice'}; there is: {listed}"
 
 
-@parsing()
+@bad_answer_as_502()
 def failure_messages(history: JsonObject) -> JsonObject | None:
     """What a history entry tells of a job that failed, by kind; None where it completed."""
     status = history.get("status") or {}
     return None if status.get("completed") else dict(status["messages"])
 
 
-@parsing()
-def raise_for_status(history: JsonObject) -> None:
+@bad_answer_as_502()
+def raise_if_failed(history: JsonObject) -> None:
     """Raises the JobError of a job that failed, as its history entry tells it."""
     messages = failure_messages(history)
     if messages is None:
@@ -1082,16 +1094,18 @@ def raise_for_status(history: JsonObject) -> None:
     error = messages["execution_error"]
     names = ("node_id", "node_type", "exception_type", "exception_message")
     details = {name: scrub(str(error.get(name, "")).strip()) for name in names}
-    message = "{node_type} (node {node_id}) failed: {exception_message}".format(**details)
+    message = (
+        f"{details['node_type']} (node {details['node_id']}) failed: {details['exception_message']}"
+    )
     if "OutOfMemory" in details["exception_type"] or "out of memory" in message.lower():
         message += "; use a smaller picture, batch or model"
         raise JobError(500, "out_of_memory", message, **details)
     raise JobError(500, "execution_failed", message, **details)
 
 
-@parsing()
+@bad_answer_as_502()
 def may_be_stale(history: JsonObject) -> bool:
-    """Whether outputs may be of an earlier run, and deleted since; a lost history cannot tell."""
+    """Whether outputs may be cached ones whose files were deleted; a lost history cannot tell."""
     if not history:
         return True
     messages = history["status"]["messages"]
@@ -1107,7 +1121,7 @@ def is_still_image(output: Output, history: JsonObject) -> bool:
     return output["output_type"] == "images" and is_image and not is_animated
 
 
-@parsing()
+@bad_answer_as_502()
 def read_outputs(history: JsonObject, graph: Graph) -> list[Output]:
     """Every file and text of a history entry, in the graph's order of nodes.
 
@@ -1129,7 +1143,7 @@ def _read_items(items: Any, origin: dict[str, str]) -> list[Output]:
     found = []
     for item in items if isinstance(items, list) else []:
         if isinstance(item, dict) and item.get("filename"):  # the rest are flags
-            file = {name: str(item.get(name) or default) for name, default in FILE.items()}
+            file = {name: str(item.get(name) or default) for name, default in FILE_DEFAULTS.items()}
             found.append(file | origin)
     return found
 
@@ -1228,7 +1242,7 @@ LOOK_UP_SECONDS = 1  # between questions to a ComfyUI that tells nothing by itse
 
 
 class ComfyUIApi:
-    """ComfyUI over HTTP. A method that takes no `job` raises CONNECTION_LOST where it is away."""
+    """ComfyUI over HTTP. Raises CONNECTION_LOST where it is away, unless a docstring says more."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -1271,7 +1285,7 @@ class ComfyUIApi:
             try:
                 return action()
             except CONNECTION_LOST as error:
-                # All jobs wait since the same moment, but each for one loss only.
+                # Counted from the first failure: all jobs that wait give up together.
                 give_up_at = min(give_up_at, self.health.failed() + limit)
                 left = give_up_at - monotonic()
                 if left <= 0:
@@ -1280,9 +1294,9 @@ class ComfyUIApi:
                         "comfyui_lost",
                         f"ComfyUI went away and was not back in order within {limit:g} s: {error}",
                     ) from None
-            job.next_message(min(left, LOOK_UP_SECONDS))  # "connected", perhaps
+            job.next_notice(min(left, LOOK_UP_SECONDS))  # an abort, or a reconnection
 
-    def describe(self) -> JsonObject:
+    def probe(self) -> JsonObject:
         """url, version, device and vram_free (bytes), asked for once a second for all who probe."""
         with self._probe_lock:
             if monotonic() - self._probed_at >= PROBE_EVERY_SECONDS:
@@ -1293,9 +1307,9 @@ class ComfyUIApi:
                 self._probed_at = monotonic()
         return self._about
 
-    @parsing()
+    @bad_answer_as_502()
     def ask_stats(self, timeout: float = HTTP_SECONDS) -> JsonObject:
-        """What `describe` returns, asked for now."""
+        """What `probe` returns, asked for now."""
         stats = self.get("/system_stats", timeout)
         device = stats["devices"][0]
         self._about = {
@@ -1306,19 +1320,19 @@ class ComfyUIApi:
         }
         return self._about
 
-    @parsing()
+    @bad_answer_as_502()
     def find_history(self, prompt_id: str) -> JsonObject:
         """The history's entry for the prompt; empty where there is none."""
-        timeout = self.settings.comfyui_silence_timeout
-        return self.get(f"/history/{prompt_id}", timeout).get(prompt_id) or {}
+        entries = self.get(f"/history/{prompt_id}", self.settings.comfyui_silence_timeout)
+        return entries.get(prompt_id) or {}
 
-    @parsing()
+    @bad_answer_as_502()
     def is_queued(self, prompt_id: str) -> bool:
         """Whether ComfyUI runs the prompt, or will."""
         queues = self.get("/queue", self.settings.comfyui_silence_timeout)
         return any(item[1] == prompt_id for items in queues.values() for item in items)
 
-    def cancel(self, prompt_id: str) -> None:
+    def cancel_prompt(self, prompt_id: str) -> None:
         """Takes the prompt out of ComfyUI's queue, or off the GPU."""
         timeout = self.settings.comfyui_silence_timeout
         self.exchange("/queue", {"delete": [prompt_id]}, timeout)
@@ -1332,15 +1346,15 @@ class ComfyUIApi:
             self.exchange("/free", {"free_memory": True})
 
     @contextmanager
-    def view(self, output: Output, preview: str = "") -> Iterator[HTTPResponse]:
-        """Opens a file that the history names, converted where there is a preview like "webp;90".
+    def view(self, output: Output, conversion: str = "") -> Iterator[HTTPResponse]:
+        """Opens a file that the history names, as it is or with a conversion such as "webp;90".
 
         Notes its mimetype and size (bytes) in the output. Raises JobError: output_missing,
         comfyui_error.
         """
-        query = {name: output[name] for name in FILE}
-        if preview:
-            query["preview"] = preview
+        query = {name: output[name] for name in FILE_DEFAULTS}
+        if conversion:
+            query["preview"] = conversion
         with http_exchange(f"{self.url}/view?{urlencode(query)}", pool=self._pool) as response:
             if response.status == 404:
                 raise JobError(
@@ -1352,15 +1366,15 @@ class ComfyUIApi:
             output["size"] = response.length
             yield response
 
-    @parsing()
-    def upload(self, file: BinaryIO, name: str) -> str:
+    @bad_answer_as_502()
+    def upload_input(self, file: BinaryIO, name: str) -> str:
         """Puts the file into ComfyUI's input folder; returns its name there. 400 if too large."""
         boundary = name[:64]  # the file's SHA-256; more than 70 characters are refused
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         head = (
             f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n'
-            f"Content-Type: {BYTES}\r\n\r\n"
+            f"Content-Type: {OCTET_STREAM}\r\n\r\n"
         ).encode()
         tail = f"\r\n--{boundary}--\r\n".encode()
         total = len(head) + size + len(tail)
@@ -1370,24 +1384,23 @@ class ComfyUIApi:
                 "Content-Type": f"multipart/form-data; boundary={boundary}",
                 "Content-Length": str(total),
             }
-            pieces = _read_pieces(head, file, tail)
-            with http_exchange(
-                f"{self.url}/upload/image", HTTP_SECONDS, pieces, headers, self._pool
-            ) as answer:
+            body, url = _multipart_pieces(head, file, tail), f"{self.url}/upload/image"
+            with http_exchange(url, HTTP_SECONDS, body, headers, self._pool) as answer:
                 if answer.status != 413:
                     return str(json.load(answer)["name"])
-        raise invalid(
+        raise bad_request(
             f"an input file of {size} bytes is more than ComfyUI takes;"
             " start it with a larger --max-upload-size",
             "input_unavailable",
         )
 
-    @parsing()
+    @bad_answer_as_502()
     def is_file_choice(self, class_type: str, name: str) -> bool:
-        """Whether that input of a node is a choice among files, and not among ComfyUI's outputs."""
-        if class_type not in self._inputs:
-            self._inputs[class_type] = self._ask_inputs(class_type)
-        kind, *more = self._inputs[class_type].get(name) or [None]
+        """Whether the input is a choice that a file in ComfyUI's input folder may be."""
+        inputs = self._inputs.get(class_type)
+        if inputs is None:
+            self._inputs[class_type] = inputs = self._ask_inputs(class_type)
+        kind, *more = inputs.get(name) or [None]
         options = more[0] if more and isinstance(more[0], dict) else {}
         is_upload = any(each.endswith("_upload") for each in options)
         is_choice = isinstance(kind, list) or kind == "COMBO" or is_upload
@@ -1396,16 +1409,16 @@ class ComfyUIApi:
     def reset(self) -> None:
         """Forgets connections and classes: the next ComfyUI may be another."""
         self._pool.clear()
-        self._inputs.clear()
+        self._inputs = {}
 
-    @parsing()
+    @bad_answer_as_502()
     def choices(self, class_type: str, name: str) -> list[str]:
-        """What ComfyUI offers for that input of a node."""
+        """What ComfyUI offers for an input of a node; comfyui_unavailable where it is away."""
         # [[choice, …], {…}] or, as newer nodes have it, ["COMBO", {"options": [choice, …]}]
         kind, *more = self._ask_inputs(class_type)[name]
         return [str(each) for each in (kind if isinstance(kind, list) else more[0]["options"])]
 
-    @parsing()
+    @bad_answer_as_502()
     def _ask_inputs(self, class_type: str) -> JsonObject:
         try:
             classes = self.get(f"/object_info/{quote(class_type, safe='')}")
@@ -1421,7 +1434,7 @@ class ComfyUIApi:
         return {**inputs.get("required", {}), **inputs.get("optional", {})}
 
 
-def _read_pieces(head: bytes, file: BinaryIO, tail: bytes) -> Iterator[bytes]:
+def _multipart_pieces(head: bytes, file: BinaryIO, tail: bytes) -> Iterator[bytes]:
     yield head
     while chunk := file.read(CHUNK_BYTES):
         yield chunk
@@ -1433,6 +1446,7 @@ def _read_pieces(head: bytes, file: BinaryIO, tail: bytes) -> Iterator[bytes]:
 OLDEST_COMFYUI = (0, 3, 45)  # July 2025: the first one that lets the caller choose the prompt id
 RECONNECT_SECONDS = 0.5
 CANCEL_TRIES = 3
+MAX_SUBMITS = 2  # of a prompt that ComfyUI loses
 # The errors after which, in the words of CUDA's documentation, the process must be relaunched.
 GPU_FAULT = re.compile(
     r"(CUDA|HIP) error: (an illegal|device-side assert|unspecified launch|misaligned|hardware"
@@ -1464,7 +1478,7 @@ class PromptRunner:
             try:
                 self._receive()
             except Exception as error:  # whatever a server sends, the next one has to be heard
-                self._on_disconnect(str(error))
+                self._on_websocket_lost(str(error))
             pause.wait(RECONNECT_SECONDS)  # nobody tells when a server comes up
 
     def _receive(self) -> None:
@@ -1495,7 +1509,7 @@ class PromptRunner:
             self._health.restarted()
         self._socket, self._client_id = connection, client_id
         self._health.connected()
-        self._forward(self._job, Message("connected"))
+        self._forward(self._job, Notice("connected"))
         version, device, at = str(about["version"]), about["device"], self._api.url
         log.info("WORKER_READY: connected to ComfyUI %s on %s at %s", version, device, at)
         numbers = [int(each) for each in re.findall(r"\d+", version)[:3]]
@@ -1506,7 +1520,7 @@ class PromptRunner:
             )
         return connection
 
-    def _on_disconnect(self, error: str) -> None:
+    def _on_websocket_lost(self, error: str) -> None:
         if self._client_id:
             log.warning("lost the connection to ComfyUI: %s", error)
         elif error != self._last_error:
@@ -1514,7 +1528,7 @@ class PromptRunner:
         self._last_error, self._client_id = error, ""
         self._api.reset()
         self._health.disconnected()
-        self._forward(self._job, Message("connection_lost"))
+        self._forward(self._job, Notice("connection_lost"))
         is_given_up = self._health.needs_restart
         if is_given_up and not self._has_given_up and not self._health.fault:  # which was logged
             log.error(
@@ -1534,9 +1548,9 @@ class PromptRunner:
             # The rest shows now and then that the connection lives.
             is_due = monotonic() - self._forwarded_at > self._settings.comfyui_silence_timeout / 2
             if is_step or job.on_event or is_due:
-                self._forward(job, Message(kind, data))
+                self._forward(job, Notice(kind, data))
 
-    def _forward(self, job: Job | None, message: Message) -> None:
+    def _forward(self, job: Job | None, message: Notice) -> None:
         if job:
             self._forwarded_at = monotonic()
             job.inbox.put(message)
@@ -1553,37 +1567,40 @@ class PromptRunner:
         self._health.prompt_started()
         may_be_queued = False  # in ComfyUI, with nobody who waits for it
         try:
-            for _ in range(2):
-                client_id = self._submit(job)
+            for _ in range(MAX_SUBMITS):
+                client_id = self._api.retry_while_away(job, self._get_client_id)
                 may_be_queued = True
-                if self._wait(job, client_id):
+                is_told = self._submit(job, client_id)
+                if self._wait(job, client_id if is_told else ""):
                     may_be_queued = False
                     return
                 log.warning("job %s: ComfyUI has lost its prompt", job.id)
+        except JobError as error:
+            may_be_queued = may_be_queued and error.type != "workflow_rejected"
+            raise
         finally:
             self._job = None
             self._health.prompt_ended()
             if may_be_queued:
-                self._cancel(job)
+                self._cancel_prompt(job)
         raise JobError(
             502,
             "comfyui_lost",
             "ComfyUI died twice under this job: it may be the job that kills it",
         )
 
-    def _submit(self, job: Job) -> str:
-        """Posts the prompt; returns the client id that is told of it, "" if the answer was lost."""
-        client_id = str(self._api.retry_while_away(job, self._get_client_id))
+    def _submit(self, job: Job, client_id: str) -> bool:
+        """Posts the prompt, and says whether its answer came: without it, nobody will be told."""
         prompt = {"prompt": job.workflow, "prompt_id": job.prompt_id, "client_id": client_id}
         if job.settings.comfy_org_api_key:
             prompt["extra_data"] = {"api_key_comfy_org": job.settings.comfy_org_api_key}
         try:
             status, answer = self._api.exchange("/prompt", prompt)
         except CONNECTION_LOST:
-            return ""  # the history will tell
+            return False
         finally:
             job.submitted.set()
-        with parsing():
+        with bad_answer_as_502():
             if status == 400:
                 raise rejection(answer, job.workflow, self._api.choices)
             if status != 200 or answer["prompt_id"] != job.prompt_id:
@@ -1593,9 +1610,10 @@ class PromptRunner:
                 warning = f"ComfyUI dropped the outputs that depend on invalid nodes: {dropped}"
                 if warning not in job.warnings:  # of the first run of a job that is run again
                     job.warnings.append(warning)
-        return client_id
+        return True
 
     def _get_client_id(self) -> str:
+        """The websocket's client id; ConnectionError while no prompt can be run for it."""
         if self._health.fault:
             raise ConnectionError("its GPU is broken")
         if not self._client_id:
@@ -1603,14 +1621,14 @@ class PromptRunner:
         return self._client_id
 
     def _wait(self, job: Job, client_id: str) -> bool:
-        """Whether the prompt has ended; False where ComfyUI lost it with its connection."""
+        """True once the prompt has ended, False if ComfyUI lost it; raises timeout, cancelled."""
         progress = Progress(job)
         deadline = math.inf
         while True:
-            # A connection that was lost takes its client's messages with it.
+            # ComfyUI tells nothing more to a client whose connection was lost: it has to be asked.
             is_told = client_id != "" and client_id == self._client_id
             pause = self._settings.comfyui_silence_timeout if is_told else LOOK_UP_SECONDS
-            message = job.next_message(max(0, min(pause, deadline - monotonic())))
+            message = job.next_notice(max(0, min(pause, deadline - monotonic())))
             if deadline == math.inf and (message.type == "execution_start" or not is_told):
                 deadline = monotonic() + (self._settings.job_timeout or math.inf)
             self._on_message(job, progress, message)
@@ -1628,16 +1646,16 @@ class PromptRunner:
                     504, "timeout", f"the job took more than the {limit:g} s of JOB_TIMEOUT"
                 )
 
-    def _check_told(self, found: str, message: Message) -> None:
-        """Draws the conclusion from a prompt that is not where a live connection left it."""
+    def _check_told(self, found: str, message: Notice) -> None:
+        """Raises cancelled for a deleted prompt; replaces a websocket that missed the end."""
         if found == "lost":
             raise JobError(499, "cancelled", "the job was deleted from ComfyUI's queue")
         if found == "ended" and message is SILENCE and self._socket:
-            self._socket.abort()  # type: ignore[no-untyped-call]  # it did not tell: replace it
+            self._socket.abort()  # type: ignore[no-untyped-call]
 
-    def _on_message(self, job: Job, progress: Progress, message: Message) -> None:
+    def _on_message(self, job: Job, progress: Progress, message: Notice) -> None:
         """Takes note of what ComfyUI tells of a running job; what makes no sense costs no job."""
-        with suppress(JobError, *CONNECTION_LOST), parsing():
+        with suppress(JobError, *CONNECTION_LOST), bad_answer_as_502():
             if message.type == "execution_error":
                 self._check_gpu(job, message.data["exception_message"])
             if message.type == "execution_cached" and job.on_event:
@@ -1647,14 +1665,12 @@ class PromptRunner:
 
     def _find_output_nodes(self, job: Job) -> list[str]:
         """The nodes that ComfyUI runs the prompt for: those outputs that it accepted."""
-        for item in self._api.get("/queue")["queue_running"]:
-            if item[1] == job.prompt_id:
-                return list(item[4])
-        return []
+        running = self._api.get("/queue")["queue_running"]
+        return next((list(item[4]) for item in running if item[1] == job.prompt_id), [])
 
-    @parsing()
+    @bad_answer_as_502()
     def _look_up(self, job: Job) -> str:
-        """'ended', the history being the job's then, 'queued' while ComfyUI has it, else 'lost'."""
+        """Asks for the prompt: 'ended' (sets the job's history), 'queued', or 'lost'."""
         for _ in range(2):  # it may end between the two questions
             job.history = self._api.find_history(job.prompt_id)
             if job.history:
@@ -1674,11 +1690,11 @@ class PromptRunner:
             )
             self._health.gpu_broken(job.prompt_id)
 
-    def _cancel(self, job: Job) -> None:
+    def _cancel_prompt(self, job: Job) -> None:
         """Has ComfyUI forget the prompt; a ComfyUI that is away is asked once."""
         for _ in range(1 if self._health.is_failing else CANCEL_TRIES):
             try:
-                self._api.cancel(job.prompt_id)
+                self._api.cancel_prompt(job.prompt_id)
                 return
             except (*CONNECTION_LOST, JobError):
                 Event().wait(RECONNECT_SECONDS)
@@ -1719,9 +1735,8 @@ class Progress:
                 continue
             self._needed[node_id] = node_id in cached
             links = () if node_id in cached else graph[node_id]["inputs"].values()
-            for link in links:
-                if isinstance(link, list) and len(link) == 2 and link[0] in graph:
-                    ahead.append(link[0])
+            links = [each for each in links if isinstance(each, list) and len(each) == 2]
+            ahead += [node_id for node_id, _ in links if node_id in graph]
         self.update({})
 
     def update(self, states: JsonObject) -> None:
@@ -1782,8 +1797,8 @@ def deliver_files(job: Job, api: ComfyUIApi, is_shown: bool) -> None:
 
 def _deliver_file(job: Job, api: ComfyUIApi, is_shown: bool, output: Output) -> None:
     if folder := job.settings.comfyui_install_path:
-        names = (output["type"], output["subfolder"], output["filename"])
-        path = os.path.abspath(os.path.join(folder, *names))
+        path = os.path.join(folder, output["type"], output["subfolder"], output["filename"])
+        path = os.path.abspath(path)
         if os.path.isfile(path):
             output["local_path"] = path
     api.retry_while_away(job, lambda: _deliver_content(job, api, is_shown, output))
@@ -1791,20 +1806,20 @@ def _deliver_file(job: Job, api: ComfyUIApi, is_shown: bool, output: Output) -> 
 
 def _deliver_content(job: Job, api: ComfyUIApi, is_shown: bool, output: Output) -> None:
     """Uploads or embeds the file. Called again, it does not send again what S3 has taken."""
-    preview = preview_of(job, output)
+    conversion = conversion_of(job, output)
     try:
         if job.settings.s3_bucket_name and "url" not in output:
-            upload_to_s3(job, api, output, preview)
+            upload_to_s3(job, api, output, conversion)
     finally:  # the work is not lost when S3 fails
         if job.request.return_outputs_as_base64 or "url" not in output:
-            _embed(job, api, is_shown, output, preview)
+            _embed(job, api, is_shown, output, conversion)
 
 
-def _embed(job: Job, api: ComfyUIApi, is_shown: bool, output: Output, preview: str) -> None:
+def _embed(job: Job, api: ComfyUIApi, is_shown: bool, output: Output, conversion: str) -> None:
     """Puts the file's bytes into the output if they are wanted; mimetype and size always are."""
     limit = job.settings.output_base64_max_bytes
     is_wanted = job.request.return_outputs_as_base64 and is_shown
-    with api.view(output, preview) as file:
+    with api.view(output, conversion) as file:
         if not is_wanted and "upload_error" not in output:
             return
         if output["size"] > limit:
@@ -1816,7 +1831,7 @@ def _embed(job: Job, api: ComfyUIApi, is_shown: bool, output: Output, preview: s
             output["data"] = base64.b64encode(file.read())
 
 
-def preview_of(job: Job, output: Output) -> str:
+def conversion_of(job: Job, output: Output) -> str:
     """What /view is to convert the file to, such as "webp;90"; empty where it stays as it is."""
     wanted = job.request.output_format
     if not wanted or not is_still_image(output, job.history):
@@ -1824,12 +1839,12 @@ def preview_of(job: Job, output: Output) -> str:
     return f"{wanted};{job.request.output_quality}"
 
 
-def delivered_name(output: Output, preview: str) -> str:
+def delivered_name(output: Output, conversion: str) -> str:
     """The file's name, with the extension of what it is converted to."""
     name: str = output["filename"]
-    if not preview:
+    if not conversion:
         return name
-    return f"{os.path.splitext(name)[0]}.{preview.partition(';')[0]}"
+    return f"{os.path.splitext(name)[0]}.{conversion.partition(';')[0]}"
 
 
 def choose_answer_file(job: Job, api: ComfyUIApi) -> None:
@@ -1839,12 +1854,13 @@ def choose_answer_file(job: Job, api: ComfyUIApi) -> None:
     """
     accept = job.request.accept
     for output in job.files:
-        if fnmatch.fnmatchcase(output["mimetype"], accept):
-            job.answer_file, job.answer_preview = output, preview_of(job, output)
-            return
-        if accept in ("image/webp", "image/jpeg") and is_still_image(output, job.history):
-            job.answer_file = output
-            job.answer_preview = f"{accept.removeprefix('image/')};{job.request.output_quality}"
+        conversion = conversion_of(job, output)
+        is_fit = fnmatch.fnmatchcase(output["mimetype"], accept)
+        if not is_fit and accept in ("image/webp", "image/jpeg"):
+            is_fit = is_still_image(output, job.history)
+            conversion = f"{accept.removeprefix('image/')};{job.request.output_quality}"
+        if is_fit:
+            job.answer_file, job.answer_conversion = output, conversion
             return
     deliver_files(job, api, is_shown=True)
     made = ", ".join(output["mimetype"] for output in job.files) or "no file"
@@ -1854,20 +1870,20 @@ def choose_answer_file(job: Job, api: ComfyUIApi) -> None:
 # S3
 
 
-def upload_to_s3(job: Job, api: ComfyUIApi, output: Output, preview: str) -> None:
-    """Streams the file from ComfyUI to S3 and sets its url; raises upload_failed."""
+def upload_to_s3(job: Job, api: ComfyUIApi, output: Output, conversion: str) -> None:
+    """Streams the file from ComfyUI to S3 and sets its url; else its upload_error, and raises."""
     from boto3.s3.transfer import TransferConfig
     from botocore.exceptions import BotoCoreError, ClientError
 
     settings = job.settings
     folders = output["subfolder"].replace("\\", "/").split("/")
-    parts = [str(job.id), *folders, delivered_name(output, preview)]
+    parts = [str(job.id), *folders, delivered_name(output, conversion)]
     key = settings.s3_prefix + "/".join(part for part in parts if part)
     client = s3_client(settings, "s3_endpoint_url" in job.request.overridden)
     # Without threads, a stream is uploaded in 8 MB of memory instead of 120.
     config = TransferConfig(use_threads=False)
     try:
-        with api.view(output, preview) as file:
+        with api.view(output, conversion) as file:
             more = {"ContentType": output["mimetype"]}
             client.upload_fileobj(file, settings.s3_bucket_name, key, more, Config=config)
     # Beyond boto3's own errors: what it raises over answers that are no S3's, and over redirects
@@ -1907,7 +1923,9 @@ def _s3_client(settings: Settings, is_direct: bool) -> Any:
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
     except ImportError:  # not every worker needs S3
-        raise invalid("this worker cannot use S3: its operator has to pip install boto3") from None
+        raise bad_request(
+            "this worker cannot use S3: its operator has to pip install boto3"
+        ) from None
     endpoint = settings.s3_endpoint_url or None
     config = Config(
         signature_version="s3v4",
@@ -1921,15 +1939,16 @@ def _s3_client(settings: Settings, is_direct: bool) -> Any:
         retries={"mode": "standard", "total_max_attempts": settings.s3_connect_attempts},
     )
     region = settings.s3_region or ("us-east-1" if endpoint else None)
-    keys = (settings.s3_access_key_id or None, settings.s3_secret_access_key or None)
     try:
-        session = boto3.Session(*keys)
+        session = boto3.Session(
+            settings.s3_access_key_id or None, settings.s3_secret_access_key or None
+        )
         client = session.client("s3", region, endpoint_url=endpoint, config=config)
         has_keys = session.get_credentials() is not None
     except (BotoCoreError, ValueError) as error:
-        raise invalid(f"the S3 settings cannot be used: {error}") from None
+        raise bad_request(f"the S3 settings cannot be used: {error}") from None
     if not has_keys:
-        raise invalid(
+        raise bad_request(
             "there are no keys for S3:"
             " give s3.access_key_id and s3.secret_access_key, or set them as variables"
         )
@@ -1947,7 +1966,7 @@ def _hide_keys(text: str, settings: Settings) -> str:
 
 
 def encode(answer: JsonObject) -> list[bytes]:
-    """The answer's JSON in pieces; base64 that outputs hold as bytes is neither copied nor read."""
+    """The answer's JSON in pieces. Base64, held as bytes, is put between, uncopied and unread."""
     files: list[bytes] = []
     mark = uuid4().hex
 
@@ -1963,7 +1982,7 @@ def encode(answer: JsonObject) -> list[bytes]:
 
 @dataclass(frozen=True, repr=False)  # it holds a secret, which a repr would show
 class Webhook:
-    """A message that is owed to a receiver; whole, so that its job need not be kept."""
+    """A message that is owed to a receiver. It holds all it needs, so its job can be forgotten."""
 
     id: str  # one for each run of a job, the same on every try
     job_id: str | None
@@ -2093,7 +2112,7 @@ class Metrics:
 
 
 class GpuQueue:
-    """The lock around the GPU: the first job runs, the others wait, first ready first served."""
+    """The lock around the GPU: the first job has it, the others wait, first ready first served."""
 
     def __init__(self, settings: Settings) -> None:
         self._max_waiting = settings.max_queue_size
@@ -2125,9 +2144,9 @@ class GpuQueue:
         """Returns when the job is the first; raises the error of `job.abort`."""
         message = MOVED
         while message is not TURN:
-            # What else comes is old news, of a job that is run again.
+            # Of a job that is run again, notices of its earlier prompt may be left.
             job.notify("queued", position=max(1, self.jobs.index(job)))
-            message = job.next_message()
+            message = job.next_notice()
         job.notify("started")
 
     def leave(self, job: Job) -> None:
@@ -2142,7 +2161,7 @@ class GpuQueue:
                     each.inbox.put(MOVED)
 
     def give_head_start(self) -> None:
-        """Waits until the next prompt is submitted, if there is one, but not for long.
+        """Holds up the last job's history until the next prompt is posted, but not for long.
 
         Asked for a history first, ComfyUI would have the GPU wait 0.4 ms longer, which costs short
         jobs 5 %.
@@ -2166,10 +2185,10 @@ class GpuQueue:
 
 
 class HangUpWatcher:
-    """Aborts the job of a client that disconnects, or only shuts down its sending side.
+    """Aborts the job of a client that disconnects, or shuts down its sending side: both look alike.
 
-    The two look the same. Only Linux tells of them while bytes are unread; elsewhere a job runs to
-    its end.
+    It needs Linux' epoll, which tells of them while bytes are unread. Elsewhere jobs run to their
+    end.
     """
 
     def __init__(self) -> None:
@@ -2219,23 +2238,23 @@ class Worker:
         self._changed = Condition()
         self._under_way = 0  # requests that are not answered yet, and webhooks that are owed
 
-    def answer(self, job: Job) -> Answer:
+    def process(self, job: Job) -> Answer:
         """Takes a job that was read to its end; returns the HTTP status and the envelope."""
         if not job.request.is_async:
-            return self._process(job)
+            return self._process_to_end(job)
         # Answered as soon as the job has a place in the queue, else with what kept it from one.
-        answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+        answers: SimpleQueue[Answer] = SimpleQueue()
         queued = envelope(job)
         queued |= {"status": "queued", "message": "queued; the webhook will tell the result"}
         job.on_accepted = lambda: answers.put((202, queued))
-        self._spawn("job", lambda: answers.put(self._process(job)))
+        self._spawn("job", lambda: answers.put(self._process_to_end(job)))
         return answers.get()
 
-    def _process(self, job: Job) -> Answer:
+    def _process_to_end(self, job: Job) -> Answer:
         try:
-            with bugs_answered(job.id):
+            with bugs_answered(job):
                 self._prepare(job)
-                self._run(job)
+                self._run_with_retries(job)
         except JobError as error:
             return self.end(job, error)
         return self.end(job)
@@ -2244,14 +2263,14 @@ class Worker:
         """Counts and logs the job, sends its webhook; returns the HTTP status and the envelope."""
         answer = envelope(job, error)
         outcome = f"{error.type} ({error.status}): {error.message}" if error else "completed"
-        outcome = outcome.encode("unicode_escape").decode()
+        outcome = outcome.encode("unicode_escape").decode()  # without line ends or control codes
         timings = [f"{name} {answer['timings'][name]}" for name in (*TIMINGS, "total_ms")]
         log.info("job %s %s; %s", job.id, outcome, ", ".join(timings))
         self._count_job(job, error.type if error else "completed")
         if job.is_accepted and job.settings.webhook_url:
-            # A receiver that never answers delays nobody; its message's next try costs no memory.
+            # In a thread of its own, a receiver that never answers holds up nobody.
             webhook = make_webhook(job, answer)
-            self._spawn("webhook", lambda: self._deliver_webhook(webhook))
+            self._spawn("webhook", lambda: self._deliver_and_count(webhook))
         return error.status if error else 200, answer
 
     # Before the GPU
@@ -2264,12 +2283,11 @@ class Worker:
             if job.request.modifier:
                 self._build_workflow(job)
             self._fetch_inputs(job)
-            # Data URIs in them may be large, and are not needed while the job waits.
             job.request = replace(job.request, modifications={}, workflow_json={})
 
     def _check_ready(self) -> None:
         if self.state != "ready":
-            self.api.describe()  # what is known may be old, where nobody probes
+            self.api.probe()  # what is known may be old, where nobody probes
         if self.state != "ready":
             raise unavailable(self.state)
 
@@ -2287,14 +2305,14 @@ class Worker:
         """Has the request's modifier build the workflow."""
         name, modifiers = job.request.modifier, self._modifiers
         if not modifiers:
-            raise invalid(
+            raise bad_request(
                 "this worker has no modifiers: modifiers.py is not beside pyworker.py",
                 "invalid_modification",
             )
         try:
             job.workflow = read_graph(modifiers.build(name, job.request.modifications, self.api))
         except modifiers.InvalidModification as error:
-            raise invalid(str(error), "invalid_modification", **error.details) from None
+            raise bad_request(str(error), "invalid_modification", **error.details) from None
         except ValueError as error:  # of read_graph, or the modifier's own
             log.exception("modifier %s", name)
             raise JobError(
@@ -2311,7 +2329,7 @@ class Worker:
                     found.append((node_id, name, value))
         if not found:  # as for most jobs: there is nothing to watch the client over
             return
-        sources = list(dict.fromkeys(source for *_, source in found))
+        sources = {source for *_, source in found}
         upload = partial(self._upload_input, job)
         with self._hang_ups.watch(job), ThreadPoolExecutor(PARALLEL_FILES) as pool:
             # The first error spares those not begun.
@@ -2325,13 +2343,13 @@ class Worker:
         file, name = download(job, source)
         try:
             with file:
-                return self.api.upload(file, name)
-        except CONNECTION_LOST:
+                return self.api.upload_input(file, name)
+        except CONNECTION_LOST:  # the job is not queued yet: it can go to another worker
             raise unavailable("unreachable") from None
 
     # On the GPU, and after
 
-    def _run(self, job: Job) -> None:
+    def _run_with_retries(self, job: Job) -> None:
         """Runs the job and delivers what it made, again where cached files turn out to be gone."""
         for runs_left in reversed(range(MAX_RUNS)):
             try:
@@ -2341,7 +2359,8 @@ class Worker:
                 if error.type != "output_missing" or not may_be_stale(job.history) or not runs_left:
                     raise
                 self.api.clear_cache()
-                job.prompt_id, job.history = str(uuid4()), {}
+                job.prompt_id, job.history, job.outputs = str(uuid4()), {}, []
+                job.submitted = Event()
         if job.request.wants_file:
             choose_answer_file(job, self.api)
 
@@ -2361,10 +2380,10 @@ class Worker:
             try:
                 deliver(job, self.api)
             finally:  # what failed in ComfyUI says more than what failed in delivery
-                raise_for_status(job.history)
+                raise_if_failed(job.history)
         job.notify("progress", node_id=None, node_type=None, value=None, max=None, percent=100.0)
 
-    def _deliver_webhook(self, webhook: Webhook) -> None:
+    def _deliver_and_count(self, webhook: Webhook) -> None:
         with webhook.body:
             outcome = deliver_webhook(webhook)
         self.metrics.add("webhooks_total", part=f'{{outcome="{outcome}"}}')
@@ -2399,7 +2418,7 @@ class Worker:
 
         The latter is 503 only where a restart is needed.
         """
-        comfyui = self.api.describe()
+        comfyui = self.api.probe()
         state, jobs = self.state, [job.id for job in self._queue.jobs]
         is_well = not self.api.health.needs_restart if is_liveness else state == "ready"
         return 200 if is_well else 503, {
@@ -2448,10 +2467,7 @@ class Worker:
         start_thread(name, run)
 
     def stop(self) -> None:
-        """Takes no more jobs; returns once what is under way has ended, or was cancelled.
-
-        The latter after SHUTDOWN_GRACE.
-        """
+        """Takes no more jobs, and waits SHUTDOWN_GRACE; then cancels the job on the GPU."""
         self._is_stopping = True
         self._queue.close()
         grace = self.settings.shutdown_grace
@@ -2479,7 +2495,7 @@ def load_modifiers() -> Any:
 
 
 def envelope(job: Job, error: JobError | None = None) -> JsonObject:
-    """The answer to a request, in the contract's shape."""
+    """The JSON of an answer: the contract's fields, filled from the job as it is now."""
     now = time.time()
     timings = {
         "queued_at_ms": round(job.received_at * 1000),
@@ -2504,10 +2520,15 @@ def envelope(job: Job, error: JobError | None = None) -> JsonObject:
 
 # HTTP #############################################################################################
 
-CONNECTION_SECONDS = 30  # without a byte on a connection that owes us some
+CONNECTION_SECONDS = 30  # that a client may stall, or keep a connection unused
 DRAIN_SECONDS = 5  # for a client to see its refusal while it is still sending
-READ = ["GET", "HEAD"]
-ROUTES = {"/generate/sync": ["POST"], "/health": READ, "/health/live": READ, "/metrics": READ}
+GET_METHODS = ["GET", "HEAD"]
+ROUTES = {
+    "/generate/sync": ["POST"],
+    "/health": GET_METHODS,
+    "/health/live": GET_METHODS,
+    "/metrics": GET_METHODS,
+}
 STATUS_HEADERS = {
     202: {"Preference-Applied": "respond-async"},
     401: {"WWW-Authenticate": "Bearer"},
@@ -2516,7 +2537,7 @@ STATUS_HEADERS = {
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection. Translates between HTTP and the worker, and decides nothing."""
+    """One client connection: routes, checks who may come in, and translates; jobs are Worker's."""
 
     server: Server
     protocol_version = "HTTP/1.1"
@@ -2539,15 +2560,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         is_malformed = any("Header" in each for each in defects)
         is_malformed = is_malformed or any(name != name.strip() for name in self.headers)
         lengths = self.headers.get_all("Content-Length", ["0"])
-        has_body = lengths != ["0"] or "Transfer-Encoding" in self.headers
-        self.owes_body = is_malformed or has_body
+        self.owes_body = is_malformed or lengths != ["0"] or "Transfer-Encoding" in self.headers
         with self.server.worker.under_way():
             try:
                 if is_malformed:
-                    raise invalid("a header of the request is malformed")
+                    raise bad_request("a header of the request is malformed")
                 self._route()
             except JobError as error:
-                self._answer(error.status, envelope(Job(), error))
+                self._send_json(error.status, envelope(Job(), error))
 
     def _route(self) -> None:
         worker = self.server.worker
@@ -2568,7 +2588,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 allow=ROUTES[path],
             )
         if path.startswith("/health"):
-            self._answer(*worker.describe_health(is_liveness=path == "/health/live"))
+            self._send_json(*worker.describe_health(is_liveness=path == "/health/live"))
             return
         token, given = worker.settings.auth_token, self.headers.get("Authorization", "")
         if token and not hmac.compare_digest(f"Bearer {token}".encode(), given.encode("latin-1")):
@@ -2587,26 +2607,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         stream = EventStream(self)
         job = Job(connection=self.connection)
         try:
-            self._read_request(job, worker.settings)
+            self._receive_request(job, worker.settings)
         except JobError as refusal:
-            self._answer(*worker.end(job, refusal))
+            self._send_json(*worker.end(job, refusal))
             return
         if job.request.wants_events:
-            job.on_event = stream.send
-        status, answer = worker.answer(job)
+            job.on_event = stream.send  # it opens at the first event, when the job is queued
+        status, answer = worker.process(job)
         if stream.is_open:
             stream.end(answer)
         elif job.answer_file:
             self._send_file(job, job.answer_file)
         else:
-            self._answer(status, answer)
+            self._send_json(status, answer)
 
-    def _read_request(self, job: Job, settings: Settings) -> None:
+    def _receive_request(self, job: Job, settings: Settings) -> None:
         if self.headers.get("X-Include-ComfyUI-Response") in ("1", "true"):
             settings = replace(settings, include_comfyui_response=True)
         headers = {name: ", ".join(self.headers.get_all(name, [])) for name in ("accept", "prefer")}
         body = self._read_body()
-        with bugs_answered(job.id):
+        with bugs_answered(job):
             read_request(job, parse_body(body), headers, settings)
 
     def _read_body(self) -> bytes:
@@ -2617,7 +2637,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 411, "length_required", "send the body with a Content-Length, not in chunks"
             )
         if len(lengths) > 1 or not re.fullmatch(r"[0-9]{1,18}", text := lengths.pop()):
-            raise invalid("Content-Length has to be one number")
+            raise bad_request("Content-Length has to be one number")
         length = int(text)
         if length > limit:
             raise JobError(
@@ -2637,7 +2657,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Leaves the 100 to _read_body: the client is to see a refusal before it sends the body."""
         return True
 
-    def _answer(self, status: int, answer: JsonObject) -> None:
+    def _send_json(self, status: int, answer: JsonObject) -> None:
         headers = STATUS_HEADERS.get(status, {})
         if status == 405:
             headers = {"Allow": ", ".join(answer["error"]["allow"])}
@@ -2658,15 +2678,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._drain()
 
     def _send_file(self, job: Job, output: Output) -> None:
-        api, preview = self.server.worker.api, job.answer_preview
-        name = re.sub(r"[^ !#-\[\]-~]", "_", delivered_name(output, preview))
+        api, conversion = self.server.worker.api, job.answer_conversion
+        name = re.sub(r"[^ !#-\[\]-~]", "_", delivered_name(output, conversion))
         with ExitStack() as stack:
             try:
                 file = api.retry_while_away(
-                    job, lambda: stack.enter_context(api.view(output, preview))
+                    job, lambda: stack.enter_context(api.view(output, conversion))
                 )
             except JobError as error:
-                self._answer(error.status, envelope(job, error))
+                self._send_json(error.status, envelope(job, error))
                 return
             headers = {
                 "Content-Type": output["mimetype"],
@@ -2702,7 +2722,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # http.server answers a line that it cannot read without a head.
         self.request_version = self.protocol_version
         error = JobError(code, "invalid_request", f"the request cannot be read: {message}")
-        self._answer(code, envelope(Job(), error))
+        self._send_json(code, envelope(Job(), error))
 
     def version_string(self) -> str:
         """The Server header."""
@@ -2726,7 +2746,7 @@ class EventStream:
         self.is_open = False
 
     def send(self, event: str, data: JsonObject) -> None:
-        """Sends one event; a client that has gone is noticed elsewhere."""
+        """Sends one event; after a failed write, this and all later ones are dropped."""
         if not self.is_open:
             self._open()
         self._write([f"event: {event}\ndata: ".encode(), *encode(data), b"\n\n"])
@@ -2860,9 +2880,8 @@ def _set_up_log() -> None:
 
 
 def _warn(settings: Settings) -> None:
-    """Logs what an operator would regret later."""
-    is_local = settings.worker_host in ("127.0.0.1", "::1", "localhost")
-    if not is_local and not settings.auth_token:
+    """Warns of settings that are valid but probably not meant."""
+    if settings.worker_host not in ("127.0.0.1", "::1", "localhost") and not settings.auth_token:
         log.warning(
             "AUTH_TOKEN is not set: whoever reaches %s can use the GPU", settings.worker_host
         )
