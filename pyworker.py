@@ -15,14 +15,17 @@ delivered into the answer, into S3 and to a webhook. ComfyUI is spoken to over H
 kept for the worker's life and always drained, tells when a prompt ends. ComfyUI's history is
 authoritative: the websocket only says when to look. When the websocket's connection is lost,
 ComfyUI's history and queue are polled until the prompt has ended. A prompt that ComfyUI has lost is
-submitted once more. A job whose history or cached files are gone is run again, MAX_RUNS at most.
+submitted once more. A job whose history or cached files are gone is run again; it has MAX_RUNS.
 
 Each HTTP connection has a thread. The GpuQueue keeps submit-to-finished to one job at a time;
 everything else (checking, fetching, uploading, webhooks) runs outside it.
 
 Chapters stand bottom-up, each uses only those above it: settings, errors, request and job,
 addresses and inputs, ComfyUI, delivery, worker, HTTP, command line. To follow a request, begin at
-`Handler._generate`, then read `read_request`, `Worker.process`, `_prepare`, `_run_once` and `end`.
+`Handler._generate` (`_handle` and `_route` let it in), then `read_request`; in `Worker`: `process`,
+`_prepare`, `_run_with_retries`, `_run_once` (which calls `PromptRunner.run` and `deliver`) and
+`end`, whose webhook `deliver_webhook` sends.
+
 MIT licence.
 """
 
@@ -113,7 +116,7 @@ def reader(expected: str, is_valid: Callable[[Any], Any]) -> Reader:
 
 
 def number_reader(low: float, high: float, *types: type) -> Reader:
-    """Makes a reader of numbers from low to high. A bool is none, although Python says so."""
+    """Makes a reader of numbers from low to high. A bool is refused, although it is an int."""
     return reader(
         f"a {'number' if float in types else 'whole number'} from {low:g} to {high}",
         lambda value: type(value) in types and low <= value <= high,
@@ -155,8 +158,9 @@ def is_url(value: Any) -> bool:
     except ValueError:  # a port or a host that is none, or a bracket without its twin
         return False
     # A % begins an IPv6 address' zone, which libraries read in different ways.
-    is_plain = not re.search("[@%]", parts.netloc)
-    return parts.scheme in ("http", "https") and is_plain and bool(host) and port != 0
+    if not host or port == 0 or re.search("[@%]", parts.netloc):
+        return False
+    return parts.scheme in ("http", "https")
 
 
 def read_signing_key(secret: Any) -> bytes:
@@ -172,7 +176,10 @@ def read_signing_key(secret: Any) -> bytes:
     return key
 
 
-URL_EXPECTED = "an http:// or https:// URL in plain ASCII, without a password, such as https://example.com/path"
+URL_EXPECTED = (
+    "an http:// or https:// URL in plain ASCII, without a password,"
+    " such as https://example.com/path"
+)
 read_text = reader("a string", lambda value: isinstance(value, str))
 read_plain = pattern_reader(r"[!-~]+", "a string in plain ASCII, without spaces")
 read_flag = reader("true or false", lambda value: isinstance(value, bool))
@@ -207,7 +214,9 @@ class Settings:
         read_seconds, "seconds that ComfyUI may stay away under a job", 120.0
     )
     comfyui_silence_timeout: float = _setting(
-        read_timeout, "seconds without a word from ComfyUI until its history is looked up", 10.0
+        read_timeout,
+        "seconds without a word from ComfyUI until it is asked, and that it has to answer",
+        10.0,
     )
     unreachable_after: float = _setting(
         read_seconds, "seconds of failures until /health says unreachable", 10.0
@@ -229,7 +238,9 @@ class Settings:
         read_seconds, "seconds that a job may take on the GPU; 0: no limit", 0.0
     )
     prompt_head_start: float = _setting(
-        read_seconds, "seconds that a job's history waits for the next prompt to be sent", 0.02
+        read_seconds,
+        "longest wait for the next prompt to be posted before a job's history is read",
+        0.02,
     )
     shutdown_grace: float = _setting(
         read_seconds, "seconds that SIGTERM leaves a running job and webhooks", 300.0
@@ -246,7 +257,7 @@ class Settings:
     s3_region: str = _setting(read_plain, "its region")
     s3_prefix: str = _setting(read_text, "put before every S3 key")
     s3_connect_timeout: float = _setting(
-        read_timeout, "seconds until a connection to S3 counts as failed", 60.0
+        read_timeout, "seconds until S3 counts as failed, while connecting or reading", 60.0
     )
     s3_connect_attempts: int = _setting(
         number_reader(1, 1000, int), "tries of each S3 request, the first one included", 3
@@ -327,8 +338,8 @@ class JobError(Exception):
         self.details = details
 
     @property
-    def outcome(self) -> str:
-        """The envelope's `status`."""
+    def envelope_status(self) -> str:
+        """The `status` of the answer."""
         return self.type if self.type in ("timeout", "cancelled") else "failed"
 
 
@@ -350,21 +361,6 @@ def unavailable(state: str) -> JobError:
         "faulted": "has lost its GPU and has to be restarted",
     }.get(state, "does not answer")
     return JobError(503, "comfyui_unavailable", f"ComfyUI {reason}; try again later")
-
-
-@contextmanager
-def bugs_answered(job: Job) -> Iterator[None]:
-    """Logs a bug in the block, and raises the 500 internal_error in its place.
-
-    A bug must not cost the client its answer, nor the webhook its message.
-    """
-    try:
-        yield
-    except JobError:
-        raise
-    except Exception:  # whatever a bug raises
-        log.exception("job %s met a bug of the worker", job.id)
-        raise JobError(500, "internal_error", "the worker failed; its log says why") from None
 
 
 # Request and job ##################################################################################
@@ -414,7 +410,7 @@ def map_strings(
 ) -> Any:
     """A copy of the JSON value, each string in it changed; RecursionError if it nests deeper."""
     if not max_depth:
-        raise RecursionError(f"it is nested more than {MAX_JSON_DEPTH} deep")
+        raise RecursionError("it is nested too deep")
     if isinstance(value, dict):
         return {name: map_strings(each, change, max_depth - 1) for name, each in value.items()}
     if isinstance(value, list):
@@ -457,9 +453,8 @@ def read_graph(graph: Any) -> Graph:
 def _check_node(node_id: str, node: Any) -> None:
     class_type = node.get("class_type") if isinstance(node, dict) else None
     if not isinstance(class_type, str) or not 0 < len(class_type) < 1000:
-        hint = ""
-        if node_id == "prompt":
-            hint = "; of a body for ComfyUI's /prompt, send what is in its prompt"
+        body_hint = "; of a body for ComfyUI's /prompt, send what is in its prompt"
+        hint = body_hint if node_id == "prompt" else ""
         raise ValueError(
             f"is not in API format: node {node_id!r} has to have a class_type (a string){hint}"
         )
@@ -570,7 +565,7 @@ class Notice(NamedTuple):
     data: JsonObject = {}  # noqa: RUF012  # never changed
 
 
-SILENCE = Notice("silence")  # there was no message for as long as the job waited
+SILENCE = Notice("silence")  # no notice came for as long as the job waited
 TURN = Notice("turn")  # the job is the first in the queue
 MOVED = Notice("moved")  # the queue has moved
 ABORT = Notice("abort")  # the job has to end
@@ -592,9 +587,11 @@ class Job:
     prompt_id: str = field(default_factory=lambda: str(uuid4()))
     inbox: SimpleQueue[Notice] = field(default_factory=SimpleQueue)
     abort_error: JobError | None = None
-    is_accepted: bool = False  # it was queued, so its webhook is owed
+    was_queued: bool = False  # it had a place in the GpuQueue, so its webhook is owed
     has_turn: bool = False  # on the GPU
-    submitted: Event = field(default_factory=Event)  # set once the prompt was posted, or never will
+    submitted: Event = field(
+        default_factory=Event
+    )  # set once the prompt was posted, or the job has left
     percent: float = 0.0  # the highest progress that was reported
     history: JsonObject = field(default_factory=dict)  # ComfyUI's entry for the prompt
     outputs: list[Output] = field(default_factory=list)
@@ -626,19 +623,38 @@ class Job:
             self.on_event(event, data)
 
     def abort(self, error: JobError) -> None:
-        """Ends a waiting or running job with that error; a running prompt is interrupted."""
+        """Ends a waiting or running job with that error; `PromptRunner.run` interrupts its prompt.
+
+        HangUpWatcher, GpuQueue.close and Worker.stop call it. What is cancelled in ComfyUI itself
+        is seen by `_check_told` (deleted) and `raise_if_failed` (interrupted).
+        """
         self.abort_error = error
         self.inbox.put(ABORT)
 
     def next_notice(self, seconds: float | None = None) -> Notice:
-        """The next message, SILENCE if there is none for so long; raises the error of `abort`."""
+        """The next notice; SILENCE if none comes in that time; raises the error of `abort`."""
         try:
-            message = self.inbox.get(timeout=seconds)
+            notice = self.inbox.get(timeout=seconds)
         except Empty:
             return SILENCE
-        if message is ABORT and self.abort_error:
+        if notice is ABORT and self.abort_error:
             raise self.abort_error
-        return message
+        return notice
+
+
+@contextmanager
+def bugs_answered(job: Job) -> Iterator[None]:
+    """Logs a bug in the block, and raises the 500 internal_error in its place.
+
+    A bug must not cost the client its answer, nor the webhook its message.
+    """
+    try:
+        yield
+    except JobError:
+        raise
+    except Exception:  # whatever a bug raises
+        log.exception("job %s met a bug of the worker", job.id)
+        raise JobError(500, "internal_error", "the worker failed; its log says why") from None
 
 
 def read_request(job: Job, body: JsonObject, headers: dict[str, str], settings: Settings) -> None:
@@ -931,8 +947,8 @@ def download(job: Job, source: str) -> tuple[BinaryIO, str]:
     Raises JobError: input_unavailable, also above MAX_INPUT_BYTES, or the error of `job.abort`.
     """
     file = tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
-    shown = re.split("[?,]", source)[0]  # without signatures and data
-    shown = re.sub("//[^/]*@", "//", shown)  # without passwords
+    # Without signatures and data, and without passwords.
+    shown = re.sub("//[^/]*@", "//", re.split("[?,]", source)[0])
     try:
         with open_source(source, not job.settings.allow_private_addresses) as opened:
             digest = _copy(opened, file, job)
@@ -1128,8 +1144,7 @@ def read_outputs(history: JsonObject, graph: Graph) -> list[Output]:
     Nodes that others expand into, which are not in the graph, come last.
     """
     nodes: JsonObject = history.get("outputs") or {}
-    order = [node_id for node_id in graph if node_id in nodes]
-    order += sorted(nodes.keys() - graph.keys())
+    order = [node_id for node_id in graph if node_id in nodes] + sorted(nodes.keys() - graph.keys())
     outputs = []
     for node_id in order:
         for output_type, items in nodes[node_id].items():
@@ -1199,13 +1214,9 @@ class Health:
         """ComfyUI runs anew, with a working GPU."""
         self.fault = ""
 
-    def prompt_started(self) -> None:
-        """One of our prompts runs from now on."""
-        self._is_running = True
-
-    def prompt_ended(self) -> None:
-        """None of our prompts runs any more."""
-        self._is_running = False
+    def prompt_running(self, is_running: bool) -> None:
+        """One of our prompts was begun, or has ended."""
+        self._is_running = is_running
 
     @property
     def is_failing(self) -> bool:
@@ -1294,7 +1305,8 @@ class ComfyUIApi:
                         "comfyui_lost",
                         f"ComfyUI went away and was not back in order within {limit:g} s: {error}",
                     ) from None
-            job.next_notice(min(left, LOOK_UP_SECONDS))  # an abort, or a reconnection
+            # Wakes for an abort or a reconnection; the action finds out about the rest.
+            job.next_notice(min(left, LOOK_UP_SECONDS))
 
     def probe(self) -> JsonObject:
         """url, version, device and vram_free (bytes), asked for once a second for all who probe."""
@@ -1489,7 +1501,7 @@ class PromptRunner:
         raise ConnectionError("ComfyUI closed the websocket")
 
     def _connect(self) -> websocket.WebSocket:
-        """Opens a connection with an id of its own.
+        """Opens a connection with an id of its own, and tells health and the running job of it.
 
         ComfyUI may tell nothing to a second connection with the id of one that was lost.
         """
@@ -1550,21 +1562,21 @@ class PromptRunner:
             if is_step or job.on_event or is_due:
                 self._forward(job, Notice(kind, data))
 
-    def _forward(self, job: Job | None, message: Notice) -> None:
+    def _forward(self, job: Job | None, notice: Notice) -> None:
         if job:
             self._forwarded_at = monotonic()
-            job.inbox.put(message)
+            job.inbox.put(notice)
 
     # One prompt
 
     def run(self, job: Job) -> None:
-        """Runs the job's workflow to its end; `find_history` then has what became of it.
+        """Runs the job's workflow to its end; `read_history` then tells what became of it.
 
         Raises JobError: workflow_rejected, timeout, cancelled, comfyui_lost, comfyui_error, or the
         error of `job.abort`.
         """
         self._job = job
-        self._health.prompt_started()
+        self._health.prompt_running(True)
         may_be_queued = False  # in ComfyUI, with nobody who waits for it
         try:
             for _ in range(MAX_SUBMITS):
@@ -1580,7 +1592,7 @@ class PromptRunner:
             raise
         finally:
             self._job = None
-            self._health.prompt_ended()
+            self._health.prompt_running(False)
             if may_be_queued:
                 self._cancel_prompt(job)
         raise JobError(
@@ -1621,23 +1633,26 @@ class PromptRunner:
         return self._client_id
 
     def _wait(self, job: Job, client_id: str) -> bool:
-        """True once the prompt has ended, False if ComfyUI lost it; raises timeout, cancelled."""
+        """True once the prompt has ended, False if ComfyUI lost it.
+
+        Raises JobError: timeout, cancelled, comfyui_lost, or the error of `job.abort`.
+        """
         progress = Progress(job)
         deadline = math.inf
         while True:
             # ComfyUI tells nothing more to a client whose connection was lost: it has to be asked.
             is_told = client_id != "" and client_id == self._client_id
             pause = self._settings.comfyui_silence_timeout if is_told else LOOK_UP_SECONDS
-            message = job.next_notice(max(0, min(pause, deadline - monotonic())))
-            if deadline == math.inf and (message.type == "execution_start" or not is_told):
+            notice = job.next_notice(max(0, min(pause, deadline - monotonic())))
+            if deadline == math.inf and (notice.type == "execution_start" or not is_told):
                 deadline = monotonic() + (self._settings.job_timeout or math.inf)
-            self._on_message(job, progress, message)
-            if _is_end(message.type, message.data):
+            self._on_notice(job, progress, notice)
+            if _is_end(notice.type, notice.data):
                 return True
-            if message.type in ("silence", "connection_lost", "connected"):
+            if notice.type in ("silence", "connection_lost", "connected"):
                 found = self._api.retry_while_away(job, lambda: self._look_up(job))
                 if is_told and client_id == self._client_id:
-                    self._check_told(found, message)
+                    self._check_told(found, notice)
                 if found != "queued":
                     return bool(found == "ended")
             if monotonic() > deadline:
@@ -1646,22 +1661,22 @@ class PromptRunner:
                     504, "timeout", f"the job took more than the {limit:g} s of JOB_TIMEOUT"
                 )
 
-    def _check_told(self, found: str, message: Notice) -> None:
+    def _check_told(self, found: str, notice: Notice) -> None:
         """Raises cancelled for a deleted prompt; replaces a websocket that missed the end."""
         if found == "lost":
             raise JobError(499, "cancelled", "the job was deleted from ComfyUI's queue")
-        if found == "ended" and message is SILENCE and self._socket:
+        if found == "ended" and notice is SILENCE and self._socket:
             self._socket.abort()  # type: ignore[no-untyped-call]
 
-    def _on_message(self, job: Job, progress: Progress, message: Notice) -> None:
+    def _on_notice(self, job: Job, progress: Progress, notice: Notice) -> None:
         """Takes note of what ComfyUI tells of a running job; what makes no sense costs no job."""
         with suppress(JobError, *CONNECTION_LOST), bad_answer_as_502():
-            if message.type == "execution_error":
-                self._check_gpu(job, message.data["exception_message"])
-            if message.type == "execution_cached" and job.on_event:
-                progress.begin(self._find_output_nodes(job), message.data["nodes"])
-            if message.type == "progress_state" and job.on_event:
-                progress.update(message.data["nodes"])
+            if notice.type == "execution_error":
+                self._check_gpu(job, notice.data["exception_message"])
+            if notice.type == "execution_cached" and job.on_event:
+                progress.begin(self._find_output_nodes(job), notice.data["nodes"])
+            if notice.type == "progress_state" and job.on_event:
+                progress.update(notice.data["nodes"])
 
     def _find_output_nodes(self, job: Job) -> list[str]:
         """The nodes that ComfyUI runs the prompt for: those outputs that it accepted."""
@@ -1778,8 +1793,8 @@ def deliver(job: Job, api: ComfyUIApi) -> None:
     if not job.outputs and failure_messages(job.history) is None:
         what = "only previews (type temp), which are not delivered" if made else "no outputs"
         job.warnings.append(f"the job made {what}; use a node that saves, such as SaveImage")
-    is_shown = not job.request.wants_file or job.settings.webhook_url != ""
-    deliver_files(job, api, is_shown)
+    # Bytes as an answer leave nobody to see the envelope, unless a webhook has it.
+    deliver_files(job, api, not job.request.wants_file or job.settings.webhook_url != "")
 
 
 def deliver_files(job: Job, api: ComfyUIApi, is_shown: bool) -> None:
@@ -1833,18 +1848,16 @@ def _embed(job: Job, api: ComfyUIApi, is_shown: bool, output: Output, conversion
 
 def conversion_of(job: Job, output: Output) -> str:
     """What /view is to convert the file to, such as "webp;90"; empty where it stays as it is."""
-    wanted = job.request.output_format
-    if not wanted or not is_still_image(output, job.history):
+    request = job.request
+    if not request.output_format or not is_still_image(output, job.history):
         return ""
-    return f"{wanted};{job.request.output_quality}"
+    return f"{request.output_format};{request.output_quality}"
 
 
 def delivered_name(output: Output, conversion: str) -> str:
     """The file's name, with the extension of what it is converted to."""
-    name: str = output["filename"]
-    if not conversion:
-        return name
-    return f"{os.path.splitext(name)[0]}.{conversion.partition(';')[0]}"
+    stem, extension = os.path.splitext(output["filename"])
+    return f"{stem}.{conversion.partition(';')[0]}" if conversion else stem + extension
 
 
 def choose_answer_file(job: Job, api: ComfyUIApi) -> None:
@@ -1984,7 +1997,7 @@ def encode(answer: JsonObject) -> list[bytes]:
 class Webhook:
     """A message that is owed to a receiver. It holds all it needs, so its job can be forgotten."""
 
-    id: str  # one for each run of a job, the same on every try
+    id: str  # the prompt's: unlike job_id, no client chooses it; the same on every try
     job_id: str | None
     settings: Settings
     is_public_only: bool
@@ -1993,9 +2006,13 @@ class Webhook:
 
 def make_webhook(job: Job, answer: JsonObject) -> Webhook:
     """The message about a job that has ended with this answer."""
-    body = _spool(encode({**answer, "extra": job.request.extra_params}))
-    is_public_only = job.request.is_public_only("webhook_url")
-    return Webhook(job.prompt_id, job.id, job.settings, is_public_only, body)
+    return Webhook(
+        job.prompt_id,
+        job.id,
+        job.settings,
+        job.request.is_public_only("webhook_url"),
+        _spool(encode({**answer, "extra": job.request.extra_params})),
+    )
 
 
 def _spool(pieces: list[bytes]) -> Any:
@@ -2111,6 +2128,12 @@ class Metrics:
         return "\n".join([*lines, ""])
 
 
+def stopping_error(job: Job) -> JobError:
+    """What a job without the GPU gets from a worker that stops; a 202 promised an end of it."""
+    cancelled = JobError(499, "cancelled", CUT_SHORT)
+    return cancelled if job.request.is_async else unavailable("stopping")
+
+
 class GpuQueue:
     """The lock around the GPU: the first job has it, the others wait, first ready first served."""
 
@@ -2125,9 +2148,9 @@ class GpuQueue:
         """Takes a place for the job, to be left with `leave`; 503 where there is none."""
         with self._lock:
             if self._is_closed:
-                raise unavailable("stopping")
+                raise stopping_error(job)
             # A job that is run again has been counted already.
-            if len(self.jobs) > self._max_waiting and not job.is_accepted:
+            if len(self.jobs) > self._max_waiting and not job.was_queued:
                 raise JobError(
                     503,
                     "queue_full",
@@ -2135,18 +2158,18 @@ class GpuQueue:
                 )
             self.jobs.append(job)
             self._call_first()
-        if not job.is_accepted:
-            job.is_accepted = True
+        if not job.was_queued:
+            job.was_queued = True
             if job.on_accepted:
                 job.on_accepted()
 
     def wait_for_turn(self, job: Job) -> None:
         """Returns when the job is the first; raises the error of `job.abort`."""
-        message = MOVED
-        while message is not TURN:
+        notice = MOVED
+        while notice is not TURN:
             # Of a job that is run again, notices of its earlier prompt may be left.
             job.notify("queued", position=max(1, self.jobs.index(job)))
-            message = job.next_notice()
+            notice = job.next_notice()
         job.notify("started")
 
     def leave(self, job: Job) -> None:
@@ -2179,9 +2202,7 @@ class GpuQueue:
         with self._lock:
             self._is_closed = True
             for job in self.jobs[1:]:
-                is_promised = job.request.is_async
-                cancelled = JobError(499, "cancelled", CUT_SHORT)
-                job.abort(cancelled if is_promised else unavailable("stopping"))
+                job.abort(stopping_error(job))
 
 
 class HangUpWatcher:
@@ -2262,12 +2283,12 @@ class Worker:
     def end(self, job: Job, error: JobError | None = None) -> Answer:
         """Counts and logs the job, sends its webhook; returns the HTTP status and the envelope."""
         answer = envelope(job, error)
-        outcome = f"{error.type} ({error.status}): {error.message}" if error else "completed"
-        outcome = outcome.encode("unicode_escape").decode()  # without line ends or control codes
+        summary = f"{error.type} ({error.status}): {error.message}" if error else "completed"
+        summary = summary.encode("unicode_escape").decode()  # without line ends or control codes
         timings = [f"{name} {answer['timings'][name]}" for name in (*TIMINGS, "total_ms")]
-        log.info("job %s %s; %s", job.id, outcome, ", ".join(timings))
+        log.info("job %s %s; %s", job.id, summary, ", ".join(timings))
         self._count_job(job, error.type if error else "completed")
-        if job.is_accepted and job.settings.webhook_url:
+        if job.was_queued and job.settings.webhook_url:
             # In a thread of its own, a receiver that never answers holds up nobody.
             webhook = make_webhook(job, answer)
             self._spawn("webhook", lambda: self._deliver_and_count(webhook))
@@ -2390,7 +2411,7 @@ class Worker:
 
     def _count_job(self, job: Job, outcome: str) -> None:
         self.metrics.add("jobs_total", part=f'{{outcome="{outcome}"}}')
-        if not job.is_accepted:
+        if not job.was_queued:
             return
         self.metrics.add("cost_total", COST)
         self.metrics.observe("queue_seconds", job.timings["queue_ms"] / 1000)
@@ -2505,7 +2526,7 @@ def envelope(job: Job, error: JobError | None = None) -> JsonObject:
     }
     answer = {
         "id": job.id,
-        "status": error.outcome if error else "completed",
+        "status": error.envelope_status if error else "completed",
         "message": error.message if error else f"outputs: {len(job.outputs)}",
         "output": job.outputs,
         "seeds": seeds(job.workflow),
@@ -2721,7 +2742,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = self.owes_body = True
         # http.server answers a line that it cannot read without a head.
         self.request_version = self.protocol_version
-        error = JobError(code, "invalid_request", f"the request cannot be read: {message}")
+        error = JobError(
+            code,
+            "invalid_request",
+            f"the request cannot be read: {message or self.responses[code][0]}",
+        )
         self._send_json(code, envelope(Job(), error))
 
     def version_string(self) -> str:
@@ -2836,16 +2861,15 @@ def main() -> None:
     for number in (SIGTERM, SIGINT):
         signal(number, partial(_stop, server))
     _fit_the_system()
-    worker = server.worker
     log.info("ComfyUI PyWorker %s listens on http://%s:%s", __version__, *server.server_address[:2])
     start_thread("warnings", _warn, settings)
-    listed = ", ".join(worker.modifiers)
+    listed = ", ".join(server.worker.modifiers)
     log.info("modifiers: %s", listed or "none, as modifiers.py is not beside pyworker.py")
     log.info(
         "waiting for ComfyUI at %s; to start one: python main.py in its folder",
         settings.comfyui_api_base,
     )
-    start_thread("websocket", worker.runner.listen)
+    start_thread("websocket", server.worker.runner.listen)
     server.serve_forever()
     logging.shutdown()
     os._exit(0)  # an upload that hangs, in a thread of its pool, would be waited for
