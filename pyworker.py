@@ -410,7 +410,7 @@ def map_strings(
 ) -> Any:
     """A copy of the JSON value, each string in it changed; RecursionError if it nests deeper."""
     if not max_depth:
-        raise RecursionError("it is nested too deep")
+        raise RecursionError(f"it is nested more than {MAX_JSON_DEPTH} deep")
     if isinstance(value, dict):
         return {name: map_strings(each, change, max_depth - 1) for name, each in value.items()}
     if isinstance(value, list):
@@ -967,14 +967,16 @@ def download(job: Job, source: str) -> tuple[BinaryIO, str]:
 
 def _copy(opened: Any, file: BinaryIO, job: Job) -> str:
     """Copies what was opened into the file; returns its SHA-256."""
-    digest, limit = hashlib.sha256(), job.settings.max_input_bytes
+    digest = hashlib.sha256()
     while chunk := opened.read(CHUNK_BYTES):
         digest.update(chunk)
         file.write(chunk)
         if job.abort_error:
             raise job.abort_error
-        if file.tell() > limit:
-            raise ValueError(f"it has more than the {limit} bytes of MAX_INPUT_BYTES")
+        if file.tell() > job.settings.max_input_bytes:
+            raise ValueError(
+                f"it has more than the {job.settings.max_input_bytes} bytes of MAX_INPUT_BYTES"
+            )
     return digest.hexdigest()
 
 
@@ -2284,8 +2286,9 @@ class Worker:
         """Counts and logs the job, sends its webhook; returns the HTTP status and the envelope."""
         answer = envelope(job, error)
         summary = f"{error.type} ({error.status}): {error.message}" if error else "completed"
-        summary = summary.encode("unicode_escape").decode()  # without line ends or control codes
         timings = [f"{name} {answer['timings'][name]}" for name in (*TIMINGS, "total_ms")]
+        # What a stranger's words may have in them, line ends and control codes, is escaped.
+        summary = summary.encode("unicode_escape").decode()
         log.info("job %s %s; %s", job.id, summary, ", ".join(timings))
         self._count_job(job, error.type if error else "completed")
         if job.was_queued and job.settings.webhook_url:
@@ -2351,10 +2354,10 @@ class Worker:
         if not found:  # as for most jobs: there is nothing to watch the client over
             return
         sources = {source for *_, source in found}
-        upload = partial(self._upload_input, job)
         with self._hang_ups.watch(job), ThreadPoolExecutor(PARALLEL_FILES) as pool:
             # The first error spares those not begun.
-            stored = dict(zip(sources, pool.map(upload, sources), strict=True))
+            names = pool.map(partial(self._upload_input, job), sources)
+            stored = dict(zip(sources, names, strict=True))
         job.workflow = dict(job.workflow)  # the request's own stays as it is
         for node_id, name, source in found:
             node = job.workflow[node_id]
@@ -2863,8 +2866,10 @@ def main() -> None:
     _fit_the_system()
     log.info("ComfyUI PyWorker %s listens on http://%s:%s", __version__, *server.server_address[:2])
     start_thread("warnings", _warn, settings)
-    listed = ", ".join(server.worker.modifiers)
-    log.info("modifiers: %s", listed or "none, as modifiers.py is not beside pyworker.py")
+    log.info(
+        "modifiers: %s",
+        ", ".join(server.worker.modifiers) or "none, as modifiers.py is not beside pyworker.py",
+    )
     log.info(
         "waiting for ComfyUI at %s; to start one: python main.py in its folder",
         settings.comfyui_api_base,
