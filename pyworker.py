@@ -589,9 +589,8 @@ class Job:
     abort_error: JobError | None = None
     was_queued: bool = False  # it had a place in the GpuQueue, so its webhook is owed
     has_turn: bool = False  # on the GPU
-    submitted: Event = field(
-        default_factory=Event
-    )  # set once the prompt was posted, or the job has left
+    # Set once the prompt was posted, or the job has left the queue.
+    submitted: Event = field(default_factory=Event)
     percent: float = 0.0  # the highest progress that was reported
     history: JsonObject = field(default_factory=dict)  # ComfyUI's entry for the prompt
     outputs: list[Output] = field(default_factory=list)

@@ -3183,10 +3183,9 @@ class TestWorker:
         )
         jobs = []
         for number in range(5):
+            graph = long_job(30 if number else 200)  # the first lasts until all have come
             jobs.append(
-                in_background(
-                    worker.post, {"request_id": f"job{number}", "workflow_json": long_job(30)}
-                )
+                in_background(worker.post, {"request_id": f"job{number}", "workflow_json": graph})
             )
             wait_for("it is in the line", functools.partial(in_line, worker, number))
             queue = fetch(f"{comfyui_url}/queue").json
@@ -3600,7 +3599,8 @@ class TestAnswers:
     def test_a_stream_tells_the_place_in_the_line(self, worker: Worker) -> None:
         jobs = []
         for number in range(3):
-            jobs.append(in_background(worker.post, {"workflow_json": long_job(30)}, STREAM))
+            graph = long_job(30 if number else 200)  # the first lasts until all have come
+            jobs.append(in_background(worker.post, {"workflow_json": graph}, STREAM))
             wait_for("it is in the line", functools.partial(in_line, worker, number))
         told = [events(job.result(120).body) for job in jobs]
         places = [[about["position"] for name, about in each if name == "queued"] for each in told]
