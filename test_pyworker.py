@@ -1283,6 +1283,14 @@ def worker(start: Callable[..., Worker]) -> Worker:
     return start()
 
 
+@pytest.fixture(autouse=True)
+def idle_comfyui(request: pytest.FixtureRequest) -> None:
+    """Waits until ComfyUI has given up what the test before has cancelled: a step takes a while."""
+    if "comfyui_url" in request.fixturenames:
+        url = request.getfixturevalue("comfyui_url")
+        wait_for("ComfyUI is idle", lambda: not running_prompts(url), 60)
+
+
 class Tunnel:
     """A TCP proxy that can be cut: what a test does to the network between worker and ComfyUI."""
 
