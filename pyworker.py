@@ -828,8 +828,10 @@ def _connect_public(address: tuple[str, int], timeout: float, *_: Any) -> socket
     A second look-up of the name could lead elsewhere.
     """
     for each in public_addresses(*address):
-        with suppress(OSError):  # the next address may answer
+        try:
             return socket.create_connection(each[:2], timeout)
+        except OSError:
+            continue  # the next address may answer
     raise ConnectionError(f"{address[0]} does not answer")
 
 
@@ -1071,9 +1073,10 @@ def describe_node_errors(node_errors: JsonObject, graph: Graph, choices: Choices
 def _describe_node_error(class_type: str, error: JsonObject, graph: Graph, choices: Choices) -> str:
     details = str(error.get("details", ""))
     if error["type"] == "value_not_in_list":
-        # ComfyUI's own words leave longer lists out. Without an answer they have to do.
-        with suppress(JobError):
+        try:
             return _describe_missing_choice(class_type, error["extra_info"], choices)
+        except JobError:
+            pass  # ComfyUI's own words, which leave longer lists out, have to do
     if re.search(r"Invalid \w+ file", details):
         where = "it has to lie in ComfyUI's input folder; or give its URL, http(s):// or data:"
         return f"{details:.200} ({where})"
