@@ -991,11 +991,8 @@ def _extension(head: bytes, mimetype: str, url: str) -> str:
 
 # ComfyUI: what it says, in words ##################################################################
 
-FILE_DEFAULTS = {
-    "filename": "",
-    "subfolder": "",
-    "type": "output",
-}  # what names a file, and the defaults
+# What names a file to ComfyUI, and what it stands for where it is left out.
+FILE_DEFAULTS = {"filename": "", "subfolder": "", "type": "output"}
 HINTS = {  # by the type of ComfyUI's refusal
     "prompt_no_outputs": "; add an output node that saves, such as SaveImage, and connect it",
     "invalid_prompt": "; check the spelling, or install the custom nodes that bring it",
