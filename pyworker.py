@@ -45,6 +45,7 @@ import mimetypes
 import os
 import random
 import re
+import reprlib
 import select
 import shutil
 import socket
@@ -52,21 +53,25 @@ import socketserver
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
+from email import message_from_string
 from functools import lru_cache, partial
+from heapq import heappop, heappush
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from ipaddress import IPv4Address, ip_address, ip_network
-from queue import Empty, SimpleQueue
+from itertools import count
+from operator import itemgetter
+from queue import Empty, Full, Queue, SimpleQueue
 from signal import SIGINT, SIGTERM, signal
-from threading import Condition, Event, Lock, Thread
+from threading import Condition, Event, Lock, Thread, Timer
 from time import monotonic
+from types import SimpleNamespace
 from typing import Any, BinaryIO, NamedTuple
-from urllib.parse import quote, urlencode, urljoin, urlsplit
-from urllib.request import DataHandler
-from urllib.request import Request as UrlRequest
+from urllib.parse import quote, unquote_to_bytes, urlencode, urljoin, urlsplit
 from uuid import uuid4
 
 try:
@@ -88,13 +93,26 @@ Answer = tuple[int, JsonObject]  # the HTTP status and the envelope
 Output = JsonObject  # one entry of an answer's "output"
 
 
-def start_thread(name: str, action: Callable[..., None], *args: Any) -> None:
-    """Starts a daemon thread: one that does not keep the process from ending."""
-    Thread(target=action, args=args, name=name, daemon=True).start()
-
-
 # What http.client and socket raise when a connection cannot be made, or breaks.
 CONNECTION_LOST = (OSError, HTTPException)
+
+# No text is unbounded: what is longer is cut before it is searched, matched or formatted.
+MAX_MESSAGE = 2000  # characters
+MAX_QUOTE = 200  # characters of a value within a message
+MAX_NAME = 200  # characters of a name that a request gives to a node or an input
+MAX_FIELD = 4096  # characters of a text field, or of a choice among files
+MAX_URL = 8192  # characters; the longest that servers commonly take
+MAX_LOG_LINE = 3900  # characters, nearly all ASCII: with the … below 4,000 bytes
+
+
+def cut(text: str, limit: int = MAX_MESSAGE) -> str:
+    """The text, with … for what is beyond the limit (characters)."""
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def show(value: Any) -> str:
+    """A value, as a message quotes it."""
+    return repr(cut(value, MAX_QUOTE)) if isinstance(value, str) else reprlib.repr(value)
 
 
 # Settings #########################################################################################
@@ -149,7 +167,7 @@ def read_fields(given: JsonObject, readers: Mapping[str, Reader], prefix: str = 
 
 def is_url(value: Any) -> bool:
     """Whether it is an http(s) URL that http.client takes: plain ASCII, without spaces."""
-    if not isinstance(value, str) or not re.fullmatch(r"[!-~]+", value):
+    if not isinstance(value, str) or len(value) > MAX_URL or not re.fullmatch(r"[!-~]+", value):
         return False
     try:
         parts = urlsplit(value)
@@ -180,8 +198,14 @@ URL_EXPECTED = (
     "an http:// or https:// URL in plain ASCII, without a password,"
     " such as https://example.com/path"
 )
-read_text = reader("a string", lambda value: isinstance(value, str))
-read_plain = pattern_reader(r"[!-~]+", "a string in plain ASCII, without spaces")
+read_text = reader(
+    f"a string of at most {MAX_FIELD} characters",
+    lambda value: isinstance(value, str) and len(value) <= MAX_FIELD,
+)
+read_plain = pattern_reader(
+    f"[!-~]{{1,{MAX_FIELD}}}",
+    f"a string in plain ASCII, without spaces, of at most {MAX_FIELD} characters",
+)
 read_flag = reader("true or false", lambda value: isinstance(value, bool))
 read_object = reader("an object", lambda value: isinstance(value, dict))
 read_url = reader(URL_EXPECTED, is_url)
@@ -217,6 +241,11 @@ class Settings:
         read_timeout,
         "seconds without a word from ComfyUI until it is asked, and that it has to answer",
         10.0,
+    )
+    comfyui_stuck_timeout: float = _setting(
+        read_seconds,
+        "seconds that ComfyUI may take to begin its next prompt, or to end an interrupted one",
+        60.0,
     )
     unreachable_after: float = _setting(
         read_seconds, "seconds of failures until /health says unreachable", 10.0
@@ -327,14 +356,14 @@ class JobError(Exception):
     """A job's failure, raised where it is known and answered in one place.
 
     status: of HTTP. type: one of the contract's, for programs. message: one sentence that a person
-    can act on. details: what else goes into the answer's `error`.
+    can act on; it is cut to MAX_MESSAGE. details: what else goes into the answer's `error`.
     """
 
     def __init__(self, status: int, type: str, message: str, **details: Any) -> None:
-        super().__init__(message)
         self.status = status
         self.type = type
-        self.message = message
+        self.message = cut(message)
+        super().__init__(self.message)
         self.details = details
 
     @property
@@ -358,9 +387,20 @@ def unavailable(state: str) -> JobError:
         )
     reason = {
         "starting": "is not up yet",
-        "faulted": "has lost its GPU and has to be restarted",
+        "faulted": "has lost its GPU, or runs no prompts, and has to be restarted",
     }.get(state, "does not answer")
     return JobError(503, "comfyui_unavailable", f"ComfyUI {reason}; try again later")
+
+
+def start_thread(name: str, action: Callable[..., None], *args: Any) -> None:
+    """Starts a daemon thread, which does not keep the process from ending; 503 if there is none."""
+    try:
+        Thread(target=action, args=args, name=name, daemon=True).start()
+    except RuntimeError:
+        raise NO_THREADS from None
+
+
+NO_THREADS = JobError(503, "queue_full", "the system has no more threads for it; try again later")
 
 
 # Request and job ##################################################################################
@@ -370,6 +410,8 @@ RANDOM_INT = "__RANDOM_INT__"
 MAX_JSON_VALUES = 10**6
 # ComfyUI's own graphs nest 5 deep; deeper ones only serve to exhaust the stack.
 MAX_JSON_DEPTH = 100
+MAX_HISTORY_DEPTH = 150  # ComfyUI's entry for a prompt has the request's graph in it
+MAX_UNKNOWN_FIELDS = 20  # that are warned of
 EVENT_STREAM = "text/event-stream"
 JSON = "application/json"
 OCTET_STREAM = "application/octet-stream"
@@ -452,14 +494,20 @@ def read_graph(graph: Any) -> Graph:
 
 def _check_node(node_id: str, node: Any) -> None:
     class_type = node.get("class_type") if isinstance(node, dict) else None
-    if not isinstance(class_type, str) or not 0 < len(class_type) < 1000:
+    if not isinstance(class_type, str) or not class_type:
         body_hint = "; of a body for ComfyUI's /prompt, send what is in its prompt"
         hint = body_hint if node_id == "prompt" else ""
         raise ValueError(
-            f"is not in API format: node {node_id!r} has to have a class_type (a string){hint}"
+            f"is not in API format: node {show(node_id)} has to have a class_type (a string){hint}"
         )
-    if not isinstance(node.get("inputs"), dict):
-        raise ValueError(f"is not in API format: node {node_id!r} has to have inputs (an object)")
+    inputs = node.get("inputs")
+    if not isinstance(inputs, dict):
+        raise ValueError(
+            f"is not in API format: node {show(node_id)} has to have inputs (an object)"
+        )
+    for name in (node_id, class_type, *inputs):
+        if len(name) > MAX_NAME:
+            raise ValueError(f"has a name of more than {MAX_NAME} characters: {show(name)}")
 
 
 def read_modifications(value: Any) -> JsonObject:
@@ -591,6 +639,8 @@ class Job:
     has_turn: bool = False  # on the GPU
     # Set once the prompt was posted, or the job has left the queue.
     submitted: Event = field(default_factory=Event)
+    deadline: float = math.inf  # by monotonic(): JOB_TIMEOUT after its prompt began
+    stuck_at: float = math.inf  # by monotonic(): when its prompt has to have begun
     percent: float = 0.0  # the highest progress that was reported
     history: JsonObject = field(default_factory=dict)  # ComfyUI's entry for the prompt
     outputs: list[Output] = field(default_factory=list)
@@ -642,18 +692,23 @@ class Job:
 
 
 @contextmanager
-def bugs_answered(job: Job) -> Iterator[None]:
-    """Logs a bug in the block, and raises the 500 internal_error in its place.
-
-    A bug must not cost the client its answer, nor the webhook its message.
-    """
+def every_error_as(make_error: Callable[[Exception], Exception]) -> Iterator[None]:
+    """Raises what `make_error` makes of any error in the block that is no JobError."""
     try:
         yield
     except JobError:
         raise
-    except Exception:  # whatever a bug raises
-        log.exception("job %s met a bug of the worker", job.id)
-        raise JobError(500, "internal_error", "the worker failed; its log says why") from None
+    except Exception as error:  # of bugs, and of libraries that do not say all that they raise
+        raise make_error(error) from None
+
+
+def bug(job: Job, error: Exception) -> JobError:
+    """The 500 internal_error of a bug that a job has met, which is logged.
+
+    It must not cost the client its answer, nor the webhook its message.
+    """
+    log.error("job %s met a bug of the worker", job.id, exc_info=error)
+    return JobError(500, "internal_error", "the worker failed; its log says why")
 
 
 def read_request(job: Job, body: JsonObject, headers: dict[str, str], settings: Settings) -> None:
@@ -677,8 +732,8 @@ def read_request(job: Job, body: JsonObject, headers: dict[str, str], settings: 
     except ValueError as error:
         raise bad_request(str(error)) from None
     misplaced = [f"{name}, beside input," for name in body if name in INPUT_FIELDS]
-    for name in sorted(unknown) + misplaced:
-        job.warnings.append(f"{name:.50} is no field of a request; it was ignored")
+    for name in [*sorted(unknown), *misplaced][:MAX_UNKNOWN_FIELDS]:
+        job.warnings.append(f"{name} is no field of a request; it was ignored")
     _check_source(values, unknown)
     extra_params = own.pop("webhook_extra_params", {})
     settings, overridden = _override(settings, own)
@@ -692,7 +747,7 @@ def read_request(job: Job, body: JsonObject, headers: dict[str, str], settings: 
 
 def _unknown(given: JsonObject, known: Container[str], prefix: str = "") -> list[str]:
     return [
-        f"{prefix}{name}"
+        f"{prefix}{name:.50}"
         for name, value in given.items()
         if name not in known and value not in BLANK
     ]
@@ -707,7 +762,7 @@ def _check_source(values: JsonObject, unknown: list[str]) -> None:
             " with workflow_json, put the values into the workflow itself"
         )
     if has_modifier == has_workflow:
-        misspelt = f"; unknown: {', '.join(unknown[:5]):.200}" if unknown else ""
+        misspelt = f"; unknown: {', '.join(unknown[:5])}" if unknown else ""
         raise bad_request(
             f"give exactly one of modifier and workflow_json in input, not"
             f" {'both' if has_modifier else 'neither'}{misspelt}"
@@ -769,6 +824,7 @@ CHUNK_BYTES = 1 << 16
 HTTP_SECONDS = 60
 IDLE_SECONDS = 30  # that a connection is kept unused; ComfyUI closes it after 75
 MAX_REDIRECTS = 5
+MAX_ADDRESSES = 4  # of one name that are tried, each for the whole time-out
 PARALLEL_FILES = 4  # of one job
 # How an input begins that may name a file to fetch.
 FILE_SOURCE = re.compile(r"(?i)https?://|data:")
@@ -827,7 +883,7 @@ def _connect_public(address: tuple[str, int], timeout: float, *_: Any) -> socket
 
     A second look-up of the name could lead elsewhere.
     """
-    for each in public_addresses(*address):
+    for each in public_addresses(*address)[:MAX_ADDRESSES]:
         try:
             return socket.create_connection(each[:2], timeout)
         except OSError:
@@ -843,6 +899,16 @@ class CheckedResponse(HTTPResponse):
         chunk = super().read(amt)
         if amt is not None and len(chunk) < amt and self.length:
             raise ConnectionError(f"the answer ended {self.length} bytes early")
+        return chunk
+
+    def read1(self, n: int = -1) -> bytes:
+        """As `read`, but returns what has arrived: a slow server is no reason to wait for more."""
+        if self.length is None:
+            return super().read1(n)
+        chunk = self.fp.read1(min(n, self.length))  # Python 3.10 counts nothing here
+        self.length -= len(chunk)
+        if not chunk:
+            self.read(1)  # closes what is complete; else it was cut
         return chunk
 
 
@@ -892,11 +958,13 @@ def http_exchange(
     headers: Mapping[str, str] = {},
     pool: ConnectionPool | None = None,
     is_public_only: bool = False,
+    total_timeout: float = 0,
 ) -> Iterator[HTTPResponse]:
     """The response to a GET, or to a POST where there is a body, whatever its status.
 
-    body: JSON, or pieces of what the headers describe. timeout: seconds without a byte. Redirects
-    are not followed. Raises CONNECTION_LOST.
+    body: JSON, or pieces of what the headers describe. timeout: seconds without a byte.
+    total_timeout: seconds that all of it may take once it is connected; 0: no limit. Redirects are
+    not followed. Raises CONNECTION_LOST.
     """
     parts = urlsplit(url)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -908,6 +976,10 @@ def http_exchange(
     connection = connection or connect(url, timeout, is_public_only)
     with ExitStack() as stack:
         stack.callback(connection.close)
+        if total_timeout:
+            timer = Timer(total_timeout, _shut_down, (connection.sock,))
+            stack.callback(timer.cancel)
+            timer.start()
         connection.request("GET" if body is None else "POST", target, body, headers)
         response = connection.getresponse()
         yield response
@@ -916,18 +988,62 @@ def http_exchange(
             stack.pop_all()  # it stays open
 
 
+def _shut_down(connection: socket.socket) -> None:
+    with suppress(OSError):  # it has just been closed
+        # Not TLS' own shutdown, which is no matter for another thread.
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
+BAD_BASE64 = "its base64 has other characters in it, or is cut short"
+
+
+class DataUri:
+    """The file within a data: URI, decoded in pieces: the whole may not fit into memory."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._at = uri.find(",") + 1  # what comes next
+        head = uri[5 : min(self._at - 1, MAX_FIELD)]
+        if not self._at or self._at > MAX_FIELD:
+            raise ValueError("it is not like data:image/png;base64,iVBORw0…")
+        self._is_base64 = head.lower().endswith(";base64")
+        self._left = b""  # base64 that makes no whole bytes yet
+        self.headers = message_from_string(f"Content-Type: {head}\n\n")
+
+    def read1(self, n: int) -> bytes:
+        """About n bytes; b"" at the end. Raises ValueError where it is not encoded as it says."""
+        while self._at < len(self._uri):
+            piece = self._uri[self._at : self._at + n]
+            if "%" in piece[-2:]:  # the rest of it comes next
+                piece = piece[: piece.rindex("%")] or piece
+            self._at += len(piece)
+            decoded = self._decode(unquote_to_bytes(piece))
+            if decoded:
+                return decoded
+        if self._left:
+            raise ValueError(BAD_BASE64)
+        return b""
+
+    def _decode(self, piece: bytes) -> bytes:
+        if not self._is_base64:
+            return piece
+        data = self._left + b"".join(piece.split())
+        whole = len(data) // 4 * 4
+        self._left = data[whole:]
+        try:
+            return base64.b64decode(data[:whole], validate=True)
+        except ValueError:
+            raise ValueError(BAD_BASE64) from None
+
+
 @contextmanager
 def open_source(source: str, is_public_only: bool) -> Iterator[Any]:
-    """The file behind an http(s) URL or a data: URI, with `read` and `headers`.
+    """The file behind an http(s) URL or a data: URI, with `read1` and `headers`.
 
     Raises CONNECTION_LOST, and ValueError where there is no file.
     """
     if source[:5].lower() == "data:":
-        head, _, data = source.partition(",")
-        # The decoder would leave other characters out.
-        if head.endswith(";base64") and not re.fullmatch(r"[A-Za-z0-9+/=%\s]*", data):
-            raise ValueError("its base64 has other characters in it")
-        yield DataHandler().data_open(UrlRequest(source))
+        yield DataUri(source)
         return
     for _ in range(MAX_REDIRECTS + 1):
         if not is_url(source):
@@ -945,11 +1061,13 @@ def open_source(source: str, is_public_only: bool) -> Iterator[Any]:
 def download(job: Job, source: str) -> tuple[BinaryIO, str]:
     """The file behind the source, on disk, and a name for it: its SHA-256 and an extension.
 
-    Raises JobError: input_unavailable, also above MAX_INPUT_BYTES, or the error of `job.abort`.
+    Raises JobError: input_unavailable, also above MAX_INPUT_BYTES, internal_error where the disk
+    is full, or the error of `job.abort`.
     """
-    file = tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
+    with disk_errors_as_500():
+        file = tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
     # Without signatures and data, and without passwords.
-    shown = re.sub("//[^/]*@", "//", re.split("[?,]", source)[0])
+    shown = re.sub("//[^/]*@", "//", re.split("[?,]", cut(source, MAX_QUOTE))[0])
     try:
         with open_source(source, not job.settings.allow_private_addresses) as opened:
             digest = _copy(opened, file, job)
@@ -960,18 +1078,32 @@ def download(job: Job, source: str) -> tuple[BinaryIO, str]:
             raise ValueError("it is a web page, and no file")
     except (*CONNECTION_LOST, ValueError) as error:
         raise bad_request(
-            f"the input {shown:.200} cannot be had: {error}", "input_unavailable"
+            f"the input {shown} cannot be had: {error}", "input_unavailable"
         ) from None
     file.seek(0)
     return file, digest + _extension(file.read(16), mimetype, shown)
 
 
+@contextmanager
+def disk_errors_as_500() -> Iterator[None]:
+    """Turns an error of the worker's disk, which is not the client's fault, into a JobError."""
+    try:
+        yield
+    except OSError as error:
+        raise JobError(
+            500,
+            "internal_error",
+            f"the worker cannot store input files: {error.strerror}; free its temporary folder",
+        ) from None
+
+
 def _copy(opened: Any, file: BinaryIO, job: Job) -> str:
     """Copies what was opened into the file; returns its SHA-256."""
     digest = hashlib.sha256()
-    while chunk := opened.read(CHUNK_BYTES):
+    while chunk := opened.read1(CHUNK_BYTES):
         digest.update(chunk)
-        file.write(chunk)
+        with disk_errors_as_500():
+            file.write(chunk)
         if job.abort_error:
             raise job.abort_error
         if file.tell() > job.settings.max_input_bytes:
@@ -1000,21 +1132,39 @@ HINTS = {  # by the type of ComfyUI's refusal
 MAX_LISTED_ERRORS = 5
 MAX_LISTED_CHOICES = 50
 # The root of an absolute path: POSIX, Windows, its network, or as a URL.
-_ROOT = r"(?:file:/*|[A-Za-z]:(?=[\\/])|\\\\|/(?!/))"
+_ROOT = r"(?:/(?!/)|file:|[A-Za-z]:(?=[\\/])|\\\\)"
 # Within quotes, a path may have spaces in it.
-_QUOTED_PATH = re.compile(rf"""(['"]){_ROOT}[^'"]*[/\\]([^'"/\\]+)\1""")
-_PATH = re.compile(rf"""(?<![\w./-]){_ROOT}(?:[^/\\\s'"]*[/\\])+([^/\\\s'"]*)""")
+PATH = re.compile(
+    rf"""(?<='){_ROOT}[^'"]*(?=')|(?<="){_ROOT}[^'"]*(?=")|(?<![\w./-]){_ROOT}[^\s'"]*"""
+)
 
 
-def scrub(value: Any) -> Any:
-    """ComfyUI's words, fit for an answer: no tracebacks, absolute paths cut to the file's name."""
+def scrub(value: Any, own: Container[str] = ()) -> Any:
+    """ComfyUI's words, fit for an answer: no tracebacks, absolute paths cut to the file's name.
+
+    Each text is cut to MAX_MESSAGE before. own: the request's words, which come back as they are.
+    """
     if isinstance(value, dict):
-        return {scrub(name): scrub(each) for name, each in value.items() if name != "traceback"}
+        kept = {name: each for name, each in value.items() if name != "traceback"}
+        return {scrub(name, own): scrub(each, own) for name, each in kept.items()}
     if isinstance(value, list):
-        return [scrub(each) for each in value]
-    if isinstance(value, str):
-        return _PATH.sub(r"\1", _QUOTED_PATH.sub(r"\1\2\1", value))
+        return [scrub(each, own) for each in value]
+    if isinstance(value, str) and value not in own:
+        return PATH.sub(partial(_cut_path, own), cut(value))
     return value
+
+
+def _cut_path(own: Container[str], found: re.Match[str]) -> str:
+    path = found[0]
+    last_slash = max(path.rfind("/"), path.rfind("\\"))
+    is_own = path in own or path.rstrip(",;:.)]") in own
+    return path if is_own or last_slash < 2 else path[last_slash + 1 :]
+
+
+def own_words(graph: Graph) -> frozenset[str]:
+    """What the request itself has said, for `scrub`: the texts of its workflow."""
+    values = (value for node in graph.values() for value in node["inputs"].values())
+    return frozenset(each for each in values if isinstance(each, str) and len(each) <= MAX_MESSAGE)
 
 
 @contextmanager
@@ -1022,7 +1172,7 @@ def bad_answer_as_502() -> Iterator[None]:
     """Turns what is raised over an answer of unknown shape into the 502 comfyui_error."""
     try:
         yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (LookupError, AttributeError, RecursionError, TypeError, ValueError) as error:
         raise unusable_answer(f"with something that makes no sense: {error!r}") from None
 
 
@@ -1037,22 +1187,22 @@ Choices = Callable[[str, str], list[str]]  # what there is to choose for a class
 
 
 def rejection(answer: JsonObject, graph: Graph, choices: Choices) -> JobError:
-    """The error of a workflow that POST /prompt refuses with this answer."""
+    """The error of a workflow that POST /prompt refuses with this answer, scrubbed."""
     error, node_errors = answer["error"], answer.get("node_errors") or {}
     reason = describe_node_errors(node_errors, graph, choices)
     if not reason:
-        reason = scrub(f"{error['message']} {error.get('details', '')}".strip())
+        reason = f"{error['message']} {error.get('details', '')}".strip()
         reason += HINTS.get(error["type"], "")
     return JobError(
         422,
         "workflow_rejected",
         f"ComfyUI refuses the workflow: {reason}",
-        node_errors=scrub(node_errors),
+        node_errors=node_errors,
     )
 
 
 def describe_node_errors(node_errors: JsonObject, graph: Graph, choices: Choices) -> str:
-    """What is wrong with each node; empty where nothing is."""
+    """What is wrong with each node, from scrubbed errors; empty where nothing is."""
     errors = [
         (node_id, about["class_type"], error)
         for node_id, about in node_errors.items()
@@ -1064,7 +1214,7 @@ def describe_node_errors(node_errors: JsonObject, graph: Graph, choices: Choices
         described.append(f"{class_type} (node {node_id}): {words}")
     left = len(errors) - MAX_LISTED_ERRORS
     more = f"; and {left} more" if left > 0 else ""
-    return str(scrub("; ".join(described))) + more
+    return cut("; ".join(described)) + more
 
 
 def _describe_node_error(class_type: str, error: JsonObject, graph: Graph, choices: Choices) -> str:
@@ -1090,7 +1240,8 @@ def _describe_missing_choice(class_type: str, extra: JsonObject, choices: Choice
     if len(offered) > MAX_LISTED_CHOICES:
         listed += f" and {len(offered) - MAX_LISTED_CHOICES} more"
     is_file = isinstance(value, str) and re.search(r"\.\w{2,12}$", value)
-    return f"{name} {value!r} is not {'installed' if is_file else 'a choice'}; there is: {listed}"
+    lack = "installed" if is_file else "a choice"
+    return f"{name} {show(value)} is not {lack}; there is: {listed}"
 
 
 @bad_answer_as_502()
@@ -1101,7 +1252,7 @@ def failure_messages(history: JsonObject) -> JsonObject | None:
 
 
 @bad_answer_as_502()
-def raise_if_failed(history: JsonObject) -> None:
+def raise_if_failed(history: JsonObject, graph: Graph) -> None:
     """Raises the JobError of a job that failed, as its history entry tells it."""
     messages = failure_messages(history)
     if messages is None:
@@ -1110,7 +1261,8 @@ def raise_if_failed(history: JsonObject) -> None:
         raise JobError(499, "cancelled", "the job was interrupted in ComfyUI")
     error = messages["execution_error"]
     names = ("node_id", "node_type", "exception_type", "exception_message")
-    details = {name: scrub(str(error.get(name, "")).strip()) for name in names}
+    own = own_words(graph)
+    details = {name: scrub(cut(str(error.get(name, ""))).strip(), own) for name in names}
     message = (
         f"{details['node_type']} (node {details['node_id']}) failed: {details['exception_message']}"
     )
@@ -1171,7 +1323,7 @@ class Health:
     """The state of ComfyUI, from the events that listener, probes and jobs report.
 
     It is starting until the first connection, then ready. It is unreachable after a while of
-    failures, and faulted while its GPU is broken, which only a restart mends.
+    failures, and faulted while its GPU is broken or it runs no prompts: only a restart mends that.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -1181,7 +1333,7 @@ class Health:
         self._is_connected = False
         self._is_running = False
         self._failing_since = 0.0  # by monotonic(); 0: nothing fails
-        self.fault = ""  # id of the prompt that broke the GPU
+        self.fault = ""  # id of the prompt that it broke under
 
     def connected(self) -> None:
         """The websocket was connected."""
@@ -1206,13 +1358,13 @@ class Health:
         self._failing_since = since
         return since
 
-    def gpu_broken(self, prompt_id: str) -> None:
-        """The prompt has brought the GPU into a state that only a restart clears."""
+    def broken(self, prompt_id: str) -> None:
+        """With this prompt, ComfyUI has come into a state that only a restart clears."""
         self.fault = prompt_id
         self.failed()
 
-    def restarted(self) -> None:
-        """ComfyUI runs anew, with a working GPU."""
+    def mended(self) -> None:
+        """ComfyUI runs anew, or goes on after all."""
         self.fault = ""
 
     def prompt_running(self, is_running: bool) -> None:
@@ -1237,7 +1389,7 @@ class Health:
 
     @property
     def needs_restart(self) -> bool:
-        """Whether its GPU is broken, or it has been away for longer than any job waits for it."""
+        """Whether it is broken, or has been away for longer than any job waits for it."""
         is_gone = self._was_connected and not self._is_connected
         return bool(self.fault) or (is_gone and self._seconds_away() > self._return_timeout)
 
@@ -1250,6 +1402,9 @@ class Health:
 
 PROBE_SECONDS = 0.8  # below the one second that Kubernetes grants a probe
 PROBE_EVERY_SECONDS = 1
+VIEW_TRIES = 2
+# Names of files that ComfyUI makes, and whose /view answers with 400 or not at all.
+NOT_GIVEN = re.compile(r"\.\.|[\x00-\x1f\x7f\ud800-\udfff]")
 LOOK_UP_SECONDS = 1  # between questions to a ComfyUI that tells nothing by itself
 
 
@@ -1337,13 +1492,23 @@ class ComfyUIApi:
     def find_history(self, prompt_id: str) -> JsonObject:
         """The history's entry for the prompt; empty where there is none."""
         entries = self.get(f"/history/{prompt_id}", self.settings.comfyui_silence_timeout)
-        return entries.get(prompt_id) or {}
+        # A copy that is no deeper than what can be searched and written later.
+        return dict(map_strings(entries.get(prompt_id) or {}, str, MAX_HISTORY_DEPTH))
+
+    @bad_answer_as_502()
+    def ask_queue(self) -> tuple[list[Any], list[Any]]:
+        """ComfyUI's entries for the prompts that run, and for those that wait, next one first.
+
+        [number, prompt id, graph, extra data, ids of output nodes, …]
+        """
+        queues = self.get("/queue", self.settings.comfyui_silence_timeout)
+        return queues["queue_running"], sorted(queues["queue_pending"], key=itemgetter(0))
 
     @bad_answer_as_502()
     def is_queued(self, prompt_id: str) -> bool:
         """Whether ComfyUI runs the prompt, or will."""
-        queues = self.get("/queue", self.settings.comfyui_silence_timeout)
-        return any(item[1] == prompt_id for items in queues.values() for item in items)
+        running, waiting = self.ask_queue()
+        return any(item[1] == prompt_id for item in running + waiting)
 
     def cancel_prompt(self, prompt_id: str) -> None:
         """Takes the prompt out of ComfyUI's queue, or off the GPU."""
@@ -1359,25 +1524,41 @@ class ComfyUIApi:
             self.exchange("/free", {"free_memory": True})
 
     @contextmanager
-    def view(self, output: Output, conversion: str = "") -> Iterator[HTTPResponse]:
+    def view(self, output: Output, conversion: str = "") -> Iterator[Any]:
         """Opens a file that the history names, as it is or with a conversion such as "webp;90".
 
-        Notes its mimetype and size (bytes) in the output. Raises JobError: output_missing,
-        comfyui_error.
+        Notes its mimetype and size (bytes) in the output. Raises JobError: output_missing, or
+        comfyui_error where ComfyUI does not give it.
         """
-        query = {name: output[name] for name in FILE_DEFAULTS}
-        if conversion:
-            query["preview"] = conversion
-        with http_exchange(f"{self.url}/view?{urlencode(query)}", pool=self._pool) as response:
+        with ExitStack() as stack:
+            if NOT_GIVEN.search(output["filename"]):
+                file = stack.enter_context(_open_local(output))
+                output["mimetype"] = mimetypes.guess_type(output["filename"])[0] or OCTET_STREAM
+                output["size"] = os.fstat(file.fileno()).st_size
+                yield file
+                return
+            response = self._request_view(stack, output, conversion)
             if response.status == 404:
-                raise JobError(
-                    502, "output_missing", f"{output['filename']} is no longer on ComfyUI's disk"
-                )
+                raise file_missing(output)
             if response.status != 200 or response.length is None:
-                raise unusable_answer(f"{response.status} to {output['filename']}")
+                raise not_given(output, f"it answers with {response.status}")
             output["mimetype"] = response.headers.get_content_type()
             output["size"] = response.length
             yield response
+
+    def _request_view(self, stack: ExitStack, output: Output, conversion: str) -> HTTPResponse:
+        query = {name: output[name] for name in FILE_DEFAULTS}
+        if conversion:
+            query["preview"] = conversion
+        url = f"{self.url}/view?{urlencode(query, errors='surrogateescape')}"
+        trouble: Exception | None = None
+        for _ in range(VIEW_TRIES):
+            try:
+                return stack.enter_context(http_exchange(url, pool=self._pool))
+            except CONNECTION_LOST as error:
+                trouble = error
+                self.ask_stats()  # raises CONNECTION_LOST itself where all of ComfyUI is away
+        raise not_given(output, f"it ends the connection ({trouble})")
 
     @bad_answer_as_502()
     def upload_input(self, file: BinaryIO, name: str) -> str:
@@ -1447,6 +1628,41 @@ class ComfyUIApi:
         return {**inputs.get("required", {}), **inputs.get("optional", {})}
 
 
+def _open_local(output: Output) -> BinaryIO:
+    """Opens a file that /view will not give where the worker knows ComfyUI's folder."""
+    if "local_path" not in output:
+        raise not_given(output, "names with .. or control codes are refused by its /view")
+    try:
+        return open(output["local_path"], "rb")
+    except OSError:
+        raise file_missing(output) from None
+
+
+def file_missing(output: Output) -> JobError:
+    """The error of a file that ComfyUI's history names and its disk has not."""
+    name = show(output["filename"])
+    return JobError(502, "output_missing", f"{name} is no longer on ComfyUI's disk")
+
+
+def not_given(output: Output, reason: str) -> JobError:
+    """The error of a file that ComfyUI has and does not give, although it is up."""
+    name = show(output["filename"])
+    return JobError(502, "comfyui_error", f"ComfyUI does not give the file {name}: {reason}")
+
+
+def check_prefixes(graph: Graph) -> None:
+    """400 for a literal filename_prefix whose files could be made, but not be fetched."""
+    for node_id, node in graph.items():
+        for name, value in node["inputs"].items():
+            if not isinstance(value, str) or not name.endswith("filename_prefix"):
+                continue
+            if NOT_GIVEN.search(value.replace("\\", "/").rpartition("/")[2]):
+                raise bad_request(
+                    f"{name} of {node['class_type']} (node {node_id}) has .. or a control code in"
+                    f" {show(value)}: ComfyUI would not give such a file; choose another one"
+                )
+
+
 def _multipart_pieces(head: bytes, file: BinaryIO, tail: bytes) -> Iterator[bytes]:
     yield head
     while chunk := file.read(CHUNK_BYTES):
@@ -1481,6 +1697,7 @@ class PromptRunner:
         self._forwarded_at = 0.0
         self._last_error = ""
         self._has_given_up = False
+        self._interrupted: set[str] = set()  # ids of prompts that ComfyUI has yet to let go of
 
     # The websocket
 
@@ -1518,8 +1735,9 @@ class PromptRunner:
         )
         connection.recv()  # ComfyUI knows the client id once it has sent its first status
         connection.settimeout(None)
-        if self._health.fault and not self._api.get(f"/history/{self._health.fault}"):
-            self._health.restarted()
+        fault = self._health.fault
+        if fault and not self._api.find_history(fault) and not self._api.is_queued(fault):
+            self._health.mended()
         self._socket, self._client_id = connection, client_id
         self._health.connected()
         self._forward(self._job, Notice("connected"))
@@ -1587,7 +1805,7 @@ class PromptRunner:
                 if self._wait(job, client_id if is_told else ""):
                     may_be_queued = False
                     return
-                log.warning("job %s: ComfyUI has lost its prompt", job.id)
+                log.warning("job %s: ComfyUI has lost its prompt, or does not run it", job.id)
         except JobError as error:
             may_be_queued = may_be_queued and error.type != "workflow_rejected"
             raise
@@ -1614,6 +1832,7 @@ class PromptRunner:
         finally:
             job.submitted.set()
         with bad_answer_as_502():
+            answer = scrub(answer, own_words(job.workflow))
             if status == 400:
                 raise rejection(answer, job.workflow, self._api.choices)
             if status != 200 or answer["prompt_id"] != job.prompt_id:
@@ -1628,7 +1847,7 @@ class PromptRunner:
     def _get_client_id(self) -> str:
         """The websocket's client id; ConnectionError while no prompt can be run for it."""
         if self._health.fault:
-            raise ConnectionError("its GPU is broken")
+            raise ConnectionError("it is broken and has to be restarted")
         if not self._client_id:
             raise ConnectionError("its websocket cannot be reached")
         return self._client_id
@@ -1639,14 +1858,12 @@ class PromptRunner:
         Raises JobError: timeout, cancelled, comfyui_lost, or the error of `job.abort`.
         """
         progress = Progress(job)
-        deadline = math.inf
+        job.deadline = job.stuck_at = math.inf
         while True:
             # ComfyUI tells nothing more to a client whose connection was lost: it has to be asked.
             is_told = client_id != "" and client_id == self._client_id
             pause = self._settings.comfyui_silence_timeout if is_told else LOOK_UP_SECONDS
-            notice = job.next_notice(max(0, min(pause, deadline - monotonic())))
-            if deadline == math.inf and (notice.type == "execution_start" or not is_told):
-                deadline = monotonic() + (self._settings.job_timeout or math.inf)
+            notice = job.next_notice(max(0, min(pause, job.deadline - monotonic())))
             self._on_notice(job, progress, notice)
             if _is_end(notice.type, notice.data):
                 return True
@@ -1654,13 +1871,60 @@ class PromptRunner:
                 found = self._api.retry_while_away(job, lambda: self._look_up(job))
                 if is_told and client_id == self._client_id:
                     self._check_told(found, notice)
-                if found != "queued":
+                if found in ("ended", "lost"):
                     return bool(found == "ended")
-            if monotonic() > deadline:
+                if self._is_stuck(job, found):
+                    self._cancel_prompt(job)
+                    return False
+            if monotonic() > job.deadline:
                 limit = self._settings.job_timeout
                 raise JobError(
                     504, "timeout", f"the job took more than the {limit:g} s of JOB_TIMEOUT"
                 )
+
+    def _begin_deadline(self, job: Job) -> None:
+        """The prompt has begun: its time counts."""
+        if job.deadline == math.inf and self._settings.job_timeout:
+            job.deadline = monotonic() + self._settings.job_timeout
+
+    def _is_stuck(self, job: Job, found: str) -> bool:
+        """Whether a prompt that is still queued will never begin, as ComfyUI runs none."""
+        if found == "running":
+            self._begin_deadline(job)
+            return False
+        if found == "next":
+            stuck_at = monotonic() + self._settings.comfyui_stuck_timeout
+            job.stuck_at = min(job.stuck_at, stuck_at)
+        else:
+            job.stuck_at = math.inf
+        if monotonic() > job.stuck_at:
+            self._on_stuck(job.prompt_id)
+        return self._health.fault != ""
+
+    def _on_stuck(self, prompt_id: str) -> None:
+        if not self._health.fault:
+            log.error(
+                "WORKER_ERROR: ComfyUI takes prompts and runs none, as if its prompt thread had"
+                " ended; nothing runs until it restarts"
+            )
+            self._health.broken(prompt_id)
+
+    def _watch_interrupted(self, prompt_id: str) -> None:
+        """Returns when ComfyUI has let go of the prompt; one that does not runs nothing more."""
+        stuck_at, pause = monotonic() + self._settings.comfyui_stuck_timeout, Event()
+        while self._is_running(prompt_id):
+            if monotonic() > stuck_at and not self._health.is_failing:
+                self._on_stuck(prompt_id)
+            pause.wait(LOOK_UP_SECONDS)
+        self._interrupted.discard(prompt_id)
+        if self._health.fault == prompt_id:
+            self._health.mended()
+
+    def _is_running(self, prompt_id: str) -> bool:
+        try:
+            return any(item[1] == prompt_id for item in self._api.ask_queue()[0])
+        except (*CONNECTION_LOST, JobError):
+            return True  # as far as is known
 
     def _check_told(self, found: str, notice: Notice) -> None:
         """Raises cancelled for a deleted prompt; replaces a websocket that missed the end."""
@@ -1671,6 +1935,8 @@ class PromptRunner:
 
     def _on_notice(self, job: Job, progress: Progress, notice: Notice) -> None:
         """Takes note of what ComfyUI tells of a running job; what makes no sense costs no job."""
+        if notice.type == "execution_start":
+            self._begin_deadline(job)
         with suppress(JobError, *CONNECTION_LOST), bad_answer_as_502():
             if notice.type == "execution_error":
                 self._check_gpu(job, notice.data["exception_message"])
@@ -1681,12 +1947,15 @@ class PromptRunner:
 
     def _find_output_nodes(self, job: Job) -> list[str]:
         """The nodes that ComfyUI runs the prompt for: those outputs that it accepted."""
-        running = self._api.get("/queue")["queue_running"]
+        running, _ = self._api.ask_queue()
         return next((list(item[4]) for item in running if item[1] == job.prompt_id), [])
 
     @bad_answer_as_502()
     def _look_up(self, job: Job) -> str:
-        """Asks for the prompt: 'ended' (sets the job's history), 'queued', or 'lost'."""
+        """Asks for the prompt: 'ended' (sets the job's history), 'running', 'queued' or 'lost'.
+
+        'next': it is the next one, and nothing runs but what was interrupted.
+        """
         for _ in range(2):  # it may end between the two questions
             job.history = self._api.find_history(job.prompt_id)
             if job.history:
@@ -1694,37 +1963,48 @@ class PromptRunner:
                 error = messages.get("execution_error", {})
                 self._check_gpu(job, str(error.get("exception_message", "")))
                 return "ended"
-            if self._api.is_queued(job.prompt_id):
-                return "queued"
+            running, waiting = [[item[1] for item in items] for items in self._api.ask_queue()]
+            if job.prompt_id in running:
+                return "running"
+            if job.prompt_id in waiting:
+                is_next = job.prompt_id == waiting[0] and self._interrupted.issuperset(running)
+                return "next" if is_next else "queued"
         return "lost"
 
     def _check_gpu(self, job: Job, message: str) -> None:
-        if GPU_FAULT.match(message) and self._health.fault != job.prompt_id:
+        if GPU_FAULT.match(cut(message)) and self._health.fault != job.prompt_id:
             log.error(
                 "WORKER_ERROR: job %s has broken the GPU; nothing runs until ComfyUI restarts",
                 job.id,
             )
-            self._health.gpu_broken(job.prompt_id)
+            self._health.broken(job.prompt_id)
 
     def _cancel_prompt(self, job: Job) -> None:
         """Has ComfyUI forget the prompt; a ComfyUI that is away is asked once."""
+        self._interrupted.add(job.prompt_id)
         for _ in range(1 if self._health.is_failing else CANCEL_TRIES):
             try:
                 self._api.cancel_prompt(job.prompt_id)
-                return
+                break
             except (*CONNECTION_LOST, JobError):
                 Event().wait(RECONNECT_SECONDS)
+        start_thread("interrupted", self._watch_interrupted, job.prompt_id)
 
     def read_history(self, job: Job) -> None:
         """Looks up, without the GPU, what became of a job; output_missing if ComfyUI forgot it."""
         if not job.history:
             found = self._api.retry_while_away(job, lambda: self._look_up(job))
+            if found not in ("ended", "lost"):  # some node has told a false end
+                found = self._wait_for_true_end(job)
             if found != "ended":
                 raise JobError(502, "output_missing", "ComfyUI died with the job's history")
-        if key := job.settings.comfy_org_api_key:
-            # Partner nodes are given it, and may show it anywhere; files have to keep their names.
-            hidden = map_strings(job.history, lambda text: text.replace(key, "***"))
-            job.history = {**hidden, "outputs": job.history.get("outputs")}
+
+    def _wait_for_true_end(self, job: Job) -> str:
+        try:
+            return "ended" if self._wait(job, client_id="") else "lost"
+        except JobError:
+            self._cancel_prompt(job)
+            raise
 
 
 def _is_end(kind: str, data: JsonObject) -> bool:
@@ -1780,6 +2060,10 @@ class Progress:
 
 # Delivery #########################################################################################
 
+MAX_OWED_WEBHOOKS = 10000
+MAX_TRIES = 64  # at once, to the receivers that requests name
+MAX_TRIES_OF_RECEIVER = 16
+SLOWEST_RECEIVER = 1 << 16  # bytes a second that it has to take
 SPOOL_BYTES = 1 << 20  # of an owed webhook that are kept in memory; a larger one waits on disk
 
 
@@ -1812,12 +2096,23 @@ def deliver_files(job: Job, api: ComfyUIApi, is_shown: bool) -> None:
 
 
 def _deliver_file(job: Job, api: ComfyUIApi, is_shown: bool, output: Output) -> None:
-    if folder := job.settings.comfyui_install_path:
-        path = os.path.join(folder, output["type"], output["subfolder"], output["filename"])
-        path = os.path.abspath(path)
-        if os.path.isfile(path):
-            output["local_path"] = path
-    api.retry_while_away(job, lambda: _deliver_content(job, api, is_shown, output))
+    if path := find_local(job.settings.comfyui_install_path, output):
+        output["local_path"] = path
+    try:
+        api.retry_while_away(job, lambda: _deliver_content(job, api, is_shown, output))
+    except JobError as error:
+        if "upload_error" not in output:
+            output["error"] = error.message
+        raise
+
+
+def find_local(comfyui_folder: str, output: Output) -> str:
+    """The file's path, if it is below ComfyUI's own folder of its type on this machine, or ""."""
+    if not comfyui_folder or output["type"] not in ("output", "input", "temp"):
+        return ""
+    root = os.path.join(os.path.abspath(comfyui_folder), output["type"])
+    path = os.path.abspath(os.path.join(root, output["subfolder"], output["filename"]))
+    return path if path.startswith(root + os.sep) and os.path.isfile(path) else ""
 
 
 def _deliver_content(job: Job, api: ComfyUIApi, is_shown: bool, output: Output) -> None:
@@ -1850,7 +2145,8 @@ def _embed(job: Job, api: ComfyUIApi, is_shown: bool, output: Output, conversion
 def conversion_of(job: Job, output: Output) -> str:
     """What /view is to convert the file to, such as "webp;90"; empty where it stays as it is."""
     request = job.request
-    if not request.output_format or not is_still_image(output, job.history):
+    is_fit = is_still_image(output, job.history) and not NOT_GIVEN.search(output["filename"])
+    if not request.output_format or not is_fit:
         return ""
     return f"{request.output_format};{request.output_quality}"
 
@@ -1887,7 +2183,6 @@ def choose_answer_file(job: Job, api: ComfyUIApi) -> None:
 def upload_to_s3(job: Job, api: ComfyUIApi, output: Output, conversion: str) -> None:
     """Streams the file from ComfyUI to S3 and sets its url; else its upload_error, and raises."""
     from boto3.s3.transfer import TransferConfig
-    from botocore.exceptions import BotoCoreError, ClientError
 
     settings = job.settings
     folders = output["subfolder"].replace("\\", "/").split("/")
@@ -1896,21 +2191,32 @@ def upload_to_s3(job: Job, api: ComfyUIApi, output: Output, conversion: str) -> 
     client = s3_client(settings, "s3_endpoint_url" in job.request.overridden)
     # Without threads, a stream is uploaded in 8 MB of memory instead of 120.
     config = TransferConfig(use_threads=False)
-    try:
-        with api.view(output, conversion) as file:
-            more = {"ContentType": output["mimetype"]}
-            client.upload_fileobj(file, settings.s3_bucket_name, key, more, Config=config)
-    # Beyond boto3's own errors: what it raises over answers that are no S3's, and over redirects
-    # without end.
-    except (BotoCoreError, ClientError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        output["upload_error"] = _hide_keys(str(error), settings)
-        message = f"S3 did not take {output['filename']}: {output['upload_error']}"
-        raise JobError(502, "upload_failed", message) from None
+    with (
+        every_error_as(partial(_upload_failed, settings, output)),
+        api.view(output, conversion) as file,
+    ):
+        more = {"ContentType": output["mimetype"]}
+        client.upload_fileobj(file, settings.s3_bucket_name, key, more, Config=config)
     where = {"Bucket": settings.s3_bucket_name, "Key": key}
     output["url"] = client.generate_presigned_url("get_object", where, settings.s3_url_expires)
     output.pop("upload_error", None)  # of a try before this one
 
 
+def _upload_failed(settings: Settings, output: Output, error: Exception) -> Exception:
+    from botocore.exceptions import BotoCoreError
+
+    if isinstance(error, CONNECTION_LOST) and not isinstance(error, BotoCoreError):
+        return error  # ComfyUI's connection was lost: boto3 has errors of its own for that to S3
+    text = str(error)
+    for key in (settings.s3_secret_access_key, settings.s3_access_key_id):
+        text = text.replace(key, "***") if key else text
+    text = re.sub(r"(?i)(signature=)[\w%]+", r"\1***", cut(text))
+    output["upload_error"] = scrub(text)
+    message = f"S3 did not take {show(output['filename'])}: {output['upload_error']}"
+    return JobError(502, "upload_failed", message)
+
+
+MAX_S3_ANSWER_BYTES = 1 << 20
 S3_CLIENT_SETTINGS = (
     "s3_access_key_id",
     "s3_secret_access_key",
@@ -1958,6 +2264,7 @@ def _s3_client(settings: Settings, is_direct: bool) -> Any:
             settings.s3_access_key_id or None, settings.s3_secret_access_key or None
         )
         client = session.client("s3", region, endpoint_url=endpoint, config=config)
+        client.meta.events.register("before-send.s3", partial(_send_to_s3, client))
         has_keys = session.get_credentials() is not None
     except (BotoCoreError, ValueError) as error:
         raise bad_request(f"the S3 settings cannot be used: {error}") from None
@@ -1969,11 +2276,23 @@ def _s3_client(settings: Settings, is_direct: bool) -> Any:
     return client
 
 
-def _hide_keys(text: str, settings: Settings) -> str:
-    for key in (settings.s3_secret_access_key, settings.s3_access_key_id):
-        if key:
-            text = text.replace(key, "***")
-    return str(scrub(re.sub(r"(?i)(signature=)[\w%]+", r"\1***", text)))
+def _send_to_s3(client: Any, request: Any, **_: Any) -> Any:
+    """Sends as botocore does, which would hold an answer of any size in memory."""
+    from botocore.awsrequest import AWSResponse
+    from botocore.exceptions import HTTPClientError
+    from urllib3.exceptions import HTTPError
+
+    request.stream_output = True
+    response = client._endpoint.http_session.send(request)
+    try:
+        body = response.raw.read(MAX_S3_ANSWER_BYTES + 1)
+    except HTTPError as error:
+        raise HTTPClientError(error=error) from None
+    if len(body) > MAX_S3_ANSWER_BYTES:
+        response.raw.close()
+        raise ValueError(f"it answered with more than {MAX_S3_ANSWER_BYTES} bytes")
+    raw = SimpleNamespace(stream=lambda: [body])
+    return AWSResponse(response.url, response.status_code, response.headers, raw)
 
 
 # Webhooks
@@ -2001,16 +2320,19 @@ class Webhook:
     id: str  # the prompt's: unlike job_id, no client chooses it; the same on every try
     job_id: str | None
     settings: Settings
+    receiver: str  # its host; empty for the operator's own
     is_public_only: bool
     body: BinaryIO
 
 
 def make_webhook(job: Job, answer: JsonObject) -> Webhook:
     """The message about a job that has ended with this answer."""
+    is_own = "webhook_url" not in job.request.overridden
     return Webhook(
         job.prompt_id,
         job.id,
         job.settings,
+        "" if is_own else urlsplit(job.settings.webhook_url).netloc,
         job.request.is_public_only("webhook_url"),
         _spool(encode({**answer, "extra": job.request.extra_params})),
     )
@@ -2026,27 +2348,100 @@ def _spool(pieces: list[bytes]) -> Any:
         return io.BytesIO(b"".join(pieces))
 
 
-def deliver_webhook(webhook: Webhook) -> str:
-    """Posts the message until its receiver takes or refuses it, or there is no pause left.
+@dataclass(order=True)
+class OwedWebhook:
+    """A webhook that waits for its next try. They are ordered by the time of it."""
 
-    Returns 'delivered' or 'failed'.
+    due: float  # by monotonic()
+    number: int
+    webhook: Webhook = field(compare=False)
+    pauses: list[float] = field(compare=False)  # seconds before each try that is left
+    on_end: Callable[[str], None] = field(compare=False)  # takes 'delivered' or 'failed'
+
+
+class WebhookQueue:
+    """Delivers what is owed. A thread belongs to a try: while a webhook waits, it has none.
+
+    A receiver that never answers holds up only what is owed to itself.
     """
-    pauses = [float(each) for each in webhook.settings.webhook_retry_pauses.split(",")]
-    while True:
-        pause = pauses.pop(0) if pauses else None
+
+    def __init__(self) -> None:
+        self._owed: dict[str, list[OwedWebhook]] = {}  # heaps, by receiver
+        self._under_way: Counter[str] = Counter()  # tries, by receiver
+        self._numbers = count()
+        self._changed = Condition()
+        start_thread("webhooks", self._run)
+
+    def add(self, webhook: Webhook, on_end: Callable[[str], None]) -> None:
+        """Has the webhook posted until its receiver takes or refuses it, or no pause is left."""
+        pauses = [float(each) for each in webhook.settings.webhook_retry_pauses.split(",")]
+        if sum(map(len, self._owed.values())) < MAX_OWED_WEBHOOKS:
+            self._put(OwedWebhook(monotonic(), next(self._numbers), webhook, pauses, on_end))
+            return
+        log.error("the webhook of job %s is dropped: too many are owed", webhook.job_id)
+        on_end("failed")
+
+    def _put(self, owed: OwedWebhook) -> None:
+        with self._changed:
+            heappush(self._owed.setdefault(owed.webhook.receiver, []), owed)
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            owed = self._next()
+            try:
+                start_thread("webhook", self._try, owed)
+            except JobError:  # no thread is to be had
+                self._end_try(owed)
+                self._put(replace(owed, due=monotonic() + 1))
+
+    def _next(self) -> OwedWebhook:
+        """The webhook that is due first, of a receiver with few tries under way."""
+        with self._changed:
+            while True:
+                is_full = self._under_way.total() >= MAX_TRIES
+                ready = [
+                    heap
+                    for receiver, heap in self._owed.items()
+                    if heap and self._under_way[receiver] < MAX_TRIES_OF_RECEIVER
+                    # No client's receivers keep the operator's own waiting.
+                    if not (is_full and receiver)
+                ]
+                heap = min(ready, default=[])
+                wait = heap[0].due - monotonic() if heap else None
+                if wait is not None and wait <= 0:
+                    self._under_way[heap[0].webhook.receiver] += 1
+                    return heappop(heap)
+                self._changed.wait(wait)
+
+    def _try(self, owed: OwedWebhook) -> None:
+        webhook, is_over, trouble = owed.webhook, not owed.pauses, ""
         try:
             post_webhook(webhook)
-            return "delivered"
+        except (ValueError, PermissionError) as error:  # refused, or not allowed
+            is_over, trouble = True, str(error)
         except (*CONNECTION_LOST, UnicodeError) as error:  # UnicodeError: of a host's name
             trouble = f"failed: {error}"
-        except ValueError as error:
-            trouble, pause = str(error), None
-        if pause is None:
+        finally:
+            self._end_try(owed)
+        if not trouble:
+            owed.on_end("delivered")
+        elif is_over:
             log.error("the webhook of job %s was not delivered: %s", webhook.job_id, trouble)
-            return "failed"
-        message = "the webhook of job %s: %s; it is tried again in about %g s"
-        log.warning(message, webhook.job_id, trouble, pause)
-        Event().wait(pause * random.uniform(0.8, 1.2))
+            owed.on_end("failed")
+        else:
+            pause, *left = owed.pauses
+            message = "the webhook of job %s: %s; it is tried again in about %g s"
+            log.warning(message, webhook.job_id, trouble, pause)
+            due = monotonic() + pause * random.uniform(0.8, 1.2)
+            self._put(replace(owed, due=due, pauses=left))
+
+    def _end_try(self, owed: OwedWebhook) -> None:
+        with self._changed:
+            self._under_way[owed.webhook.receiver] -= 1
+            if not self._owed[owed.webhook.receiver] and not self._under_way[owed.webhook.receiver]:
+                del self._owed[owed.webhook.receiver], self._under_way[owed.webhook.receiver]
+            self._changed.notify()
 
 
 def post_webhook(webhook: Webhook) -> None:
@@ -2069,6 +2464,7 @@ def post_webhook(webhook: Webhook) -> None:
         body,
         headers,
         is_public_only=webhook.is_public_only,
+        total_timeout=settings.webhook_timeout + len(body) / SLOWEST_RECEIVER,
     ) as response:
         status = response.status
     if status in (408, 429) or status >= 500:
@@ -2252,6 +2648,7 @@ class Worker:
         self.api = ComfyUIApi(settings)
         self.runner = PromptRunner(self.api)
         self.metrics = Metrics()
+        self._webhooks = WebhookQueue()
         self._queue = GpuQueue(settings)
         self._hang_ups = HangUpWatcher()
         self._modifiers = load_modifiers()
@@ -2269,12 +2666,15 @@ class Worker:
         queued = envelope(job)
         queued |= {"status": "queued", "message": "queued; the webhook will tell the result"}
         job.on_accepted = lambda: answers.put((202, queued))
-        self._spawn("job", lambda: answers.put(self._process_to_end(job)))
+        try:
+            self._spawn("job", lambda: answers.put(self._process_to_end(job)))
+        except JobError as error:
+            return self.end(job, error)
         return answers.get()
 
     def _process_to_end(self, job: Job) -> Answer:
         try:
-            with bugs_answered(job):
+            with every_error_as(partial(bug, job)):
                 self._prepare(job)
                 self._run_with_retries(job)
         except JobError as error:
@@ -2284,16 +2684,12 @@ class Worker:
     def end(self, job: Job, error: JobError | None = None) -> Answer:
         """Counts and logs the job, sends its webhook; returns the HTTP status and the envelope."""
         answer = envelope(job, error)
-        summary = f"{error.type} ({error.status}): {error.message}" if error else "completed"
+        summary = f"{error.type} ({error.status}): {answer['message']}" if error else "completed"
         timings = [f"{name} {answer['timings'][name]}" for name in (*TIMINGS, "total_ms")]
-        # What a stranger's words may have in them, line ends and control codes, is escaped.
-        summary = summary.encode("unicode_escape").decode()
         log.info("job %s %s; %s", job.id, summary, ", ".join(timings))
         self._count_job(job, error.type if error else "completed")
         if job.was_queued and job.settings.webhook_url:
-            # In a thread of its own, a receiver that never answers holds up nobody.
-            webhook = make_webhook(job, answer)
-            self._spawn("webhook", lambda: self._deliver_and_count(webhook))
+            self._owe_webhook(make_webhook(job, answer))
         return error.status if error else 200, answer
 
     # Before the GPU
@@ -2305,6 +2701,8 @@ class Worker:
             self._check_targets(job)
             if job.request.modifier:
                 self._build_workflow(job)
+            if not job.settings.comfyui_install_path:  # else such files are read from there
+                check_prefixes(job.workflow)
             self._fetch_inputs(job)
             job.request = replace(job.request, modifications={}, workflow_json={})
 
@@ -2347,9 +2745,21 @@ class Worker:
         found = []
         for node_id, node in job.workflow.items():
             for name, value in node["inputs"].items():
-                is_source = isinstance(value, str) and FILE_SOURCE.match(value)
-                if is_source and self.api.is_file_choice(node["class_type"], name):
-                    found.append((node_id, name, value))
+                if not isinstance(value, str):
+                    continue
+                is_source = FILE_SOURCE.match(value)
+                is_candidate = is_source or len(value) > MAX_FIELD
+                if not is_candidate or not self.api.is_file_choice(node["class_type"], name):
+                    continue
+                # ComfyUI would hold up everybody for half a minute to refuse 5 MB.
+                if not is_source:
+                    raise bad_request(
+                        f"{name} of {node['class_type']} (node {node_id}) has {len(value)}"
+                        " characters, which is no file's name; put data:image/png;base64, (or the"
+                        " like) in front of base64",
+                        "input_unavailable",
+                    )
+                found.append((node_id, name, value))
         if not found:  # as for most jobs: there is nothing to watch the client over
             return
         sources = {source for *_, source in found}
@@ -2403,13 +2813,19 @@ class Worker:
             try:
                 deliver(job, self.api)
             finally:  # what failed in ComfyUI says more than what failed in delivery
-                raise_if_failed(job.history)
+                raise_if_failed(job.history, job.workflow)
         job.notify("progress", node_id=None, node_type=None, value=None, max=None, percent=100.0)
 
-    def _deliver_and_count(self, webhook: Webhook) -> None:
-        with webhook.body:
-            outcome = deliver_webhook(webhook)
-        self.metrics.add("webhooks_total", part=f'{{outcome="{outcome}"}}')
+    def _owe_webhook(self, webhook: Webhook) -> None:
+        owed = ExitStack()
+        owed.enter_context(self.under_way())
+        owed.enter_context(webhook.body)
+
+        def on_end(outcome: str) -> None:
+            self.metrics.add("webhooks_total", part=f'{{outcome="{outcome}"}}')
+            owed.close()
+
+        self._webhooks.add(webhook, on_end)
 
     def _count_job(self, job: Job, outcome: str) -> None:
         self.metrics.add("jobs_total", part=f'{{outcome="{outcome}"}}')
@@ -2533,18 +2949,28 @@ def envelope(job: Job, error: JobError | None = None) -> JsonObject:
         "output": job.outputs,
         "seeds": seeds(job.workflow),
         "timings": timings,
-        "comfyui_response": scrub(job.history) if job.settings.include_comfyui_response else {},
+        "comfyui_response": _comfyui_response(job),
         "warnings": job.warnings,
     }
     if error:
         answer["error"] = {"type": error.type, "message": error.message, **error.details}
+    if key := job.settings.comfy_org_api_key:  # partner nodes are given it, and may show it
+        answer = map_strings(answer, lambda text: text.replace(key, "***"))
     return answer
+
+
+def _comfyui_response(job: Job) -> JsonObject:
+    if not job.settings.include_comfyui_response:
+        return {}
+    said = {name: each for name, each in job.history.items() if name == "prompt"}
+    return {**scrub(job.history, own_words(job.workflow)), **said}
 
 
 # HTTP #############################################################################################
 
 CONNECTION_SECONDS = 30  # that a client may stall, or keep a connection unused
 DRAIN_SECONDS = 5  # for a client to see its refusal while it is still sending
+RETRY_ACCEPT_SECONDS = 1
 GET_METHODS = ["GET", "HEAD"]
 ROUTES = {
     "/generate/sync": ["POST"],
@@ -2552,6 +2978,7 @@ ROUTES = {
     "/health/live": GET_METHODS,
     "/metrics": GET_METHODS,
 }
+REPLACED_EVENTS = ("progress",)
 STATUS_HEADERS = {
     202: {"Preference-Applied": "respond-async"},
     401: {"WWW-Authenticate": "Bearer"},
@@ -2649,7 +3076,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             settings = replace(settings, include_comfyui_response=True)
         headers = {name: ", ".join(self.headers.get_all(name, [])) for name in ("accept", "prefer")}
         body = self._read_body()
-        with bugs_answered(job):
+        with every_error_as(partial(bug, job)):
             read_request(job, parse_body(body), headers, settings)
 
     def _read_body(self) -> bytes:
@@ -2760,54 +3187,70 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class EventStream:
-    """Server-sent events on a connection.
+    """Server-sent events on a connection, written by a thread of their own.
 
-    It opens with the first of them, so that refusals stay ordinary answers.
+    Whoever sends an event waits for no client. What a slow one has not read is kept, but for the
+    events that the next of their kind makes obsolete. The stream opens with the first event, so
+    that refusals stay ordinary answers.
     """
 
     def __init__(self, handler: Handler) -> None:
         self._handler = handler
         self._keep_alive_seconds = handler.server.worker.settings.event_keep_alive
-        self._lock = Lock()
+        self._comment_at = monotonic() + self._keep_alive_seconds
+        self._unsent: list[tuple[str, JsonObject]] = []
+        self._changed = Condition()
         self._ended = Event()
         self.is_open = False
 
     def send(self, event: str, data: JsonObject) -> None:
-        """Sends one event; after a failed write, this and all later ones are dropped."""
+        """Has one event sent; after a failed write, it is dropped."""
         if not self.is_open:
-            self._open()
-        self._write([f"event: {event}\ndata: ".encode(), *encode(data), b"\n\n"])
+            start_thread("events", self._write)
+            self.is_open = self._handler.close_connection = True
+        with self._changed:
+            if event in REPLACED_EVENTS:
+                self._unsent = [each for each in self._unsent if each[0] != event]
+            if not self._ended.is_set():
+                self._unsent.append((event, data))
+            self._changed.notify()
 
     def end(self, answer: JsonObject) -> None:
-        """Sends the answer as the last event."""
+        """Returns when the answer is sent as the last event, or the client is gone."""
         self.send("result", answer)
-        self._ended.set()
+        self._ended.wait()
 
-    def _open(self) -> None:
-        self.is_open = self._handler.close_connection = True
+    def _write(self) -> None:
+        """Writes until the result is sent."""
         headers = {
             "Content-Type": EVENT_STREAM,
             "Cache-Control": "no-store",
             "X-Accel-Buffering": "no",  # nginx would collect the events
             "Connection": "close",
         }
-        self._handler.send_head(200, headers)
-        start_thread("keep-alive", self._keep_alive)
-
-    def _keep_alive(self) -> None:
-        """Writes comments, as proxies end connections that are silent for 50 or 60 s."""
-        while not self._ended.wait(self._keep_alive_seconds):
-            self._write([b": the job is under way\n\n"])
-
-    def _write(self, pieces: list[bytes]) -> None:
-        with self._lock:
-            if self._ended.is_set():
-                return
-            try:
+        event = ""
+        try:
+            self._handler.send_head(200, headers)
+            while event != "result":
+                event, pieces = self._next()
                 self._handler.wfile.writelines(pieces)
                 self._handler.wfile.flush()
-            except CONNECTION_LOST:
-                self._ended.set()  # one that has stopped reading holds up its job only once
+        except CONNECTION_LOST:
+            pass  # the client has stopped reading, or is gone
+        finally:
+            with self._changed:
+                self._unsent.clear()
+                self._ended.set()
+
+    def _next(self) -> tuple[str, list[bytes]]:
+        """The next event and its bytes, or a comment: proxies end streams that are silent."""
+        with self._changed:
+            left = self._comment_at - monotonic()
+            if left <= 0 or not self._changed.wait_for(lambda: self._unsent, left):
+                self._comment_at = monotonic() + self._keep_alive_seconds
+                return "", [b": the job is under way\n\n"]
+            event, data = self._unsent.pop(0)
+        return event, [f"event: {event}\ndata: ".encode(), *encode(data), b"\n\n"]
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -2819,6 +3262,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
+        self._has_closed = Event()
         host = worker.settings.worker_host
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, worker.settings.port), Handler)
@@ -2827,6 +3271,34 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """Returns once the worker has come to its end."""
         self.worker.stop()
         self.shutdown()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """The next connection; where the system has no more of them, it waits for one to end."""
+        self._has_closed.clear()
+        try:
+            return super().get_request()
+        except OSError:
+            self._has_closed.wait(RETRY_ACCEPT_SECONDS)
+            raise  # which the caller takes for a client that has gone
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Has a thread handle the connection; where the system has none left, it is refused."""
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:
+            body = b"".join(encode(envelope(Job(), NO_THREADS)))
+            head = (
+                f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: {JSON}\r\nRetry-After: 5\r\n"
+                f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+            )
+            with suppress(OSError):
+                request.send(head.encode() + body, socket.MSG_DONTWAIT)
+            self.shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Closes the connection."""
+        super().shutdown_request(request)
+        self._has_closed.set()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Logs a bug; clients that go away are no news."""
@@ -2837,15 +3309,64 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 # Command line #####################################################################################
 
 
+MAX_UNWRITTEN_LINES = 10000
+FLUSH_SECONDS = 2
+
+
 class LogFormatter(logging.Formatter):
-    """Keeps the words that engines look for out of what strangers have us log."""
+    """Keeps out of the log what strangers' words could do to it.
+
+    That is: control codes, endless lines, and the words that engines look for.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as text."""
+        if isinstance(record.args, tuple):
+            record.args = tuple(
+                each if isinstance(each, (int, float)) else escape(each) for each in record.args
+            )
         text = super().format(record)
-        if str(record.msg).startswith("WORKER_"):
-            return text
-        return re.sub("WORKER_(?=READY|ERROR)", "WORKER-", text)
+        if not str(record.msg).startswith("WORKER_"):
+            text = re.sub("WORKER_(?=READY|ERROR)", "WORKER-", text)
+        return "\n".join(cut(line, MAX_LOG_LINE) for line in text.split("\n"))
+
+    def formatException(self, ei: Any) -> str:
+        """The traceback as text."""
+        return "\n".join(escape(line) for line in super().formatException(ei).split("\n"))
+
+
+def escape(value: Any) -> str:
+    """The value's text, cut, in printable ASCII."""
+    return cut(str(value)).encode("unicode_escape").decode()
+
+
+class LogHandler(logging.Handler):
+    """Has a thread of its own write to stderr: a pipe that nobody reads costs lines, and no job."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._unwritten: Queue[str | Event] = Queue(MAX_UNWRITTEN_LINES)
+        start_thread("log", self._write)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Takes the record, if there is room for it."""
+        with suppress(Full):
+            self._unwritten.put_nowait(self.format(record))
+
+    def flush(self) -> None:
+        """Returns when all is written, or cannot be."""
+        written = Event()
+        with suppress(Full):
+            self._unwritten.put_nowait(written)
+            written.wait(FLUSH_SECONDS)
+
+    def _write(self) -> None:
+        for each in iter(self._unwritten.get, None):
+            if isinstance(each, Event):
+                each.set()
+                continue
+            with suppress(OSError):  # nobody reads it any more
+                print(each, file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -2897,7 +3418,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _set_up_log() -> None:
-    handler = logging.StreamHandler()
+    handler = LogHandler()
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler])
     log.setLevel(logging.INFO)  # and the libraries at their warnings
