@@ -641,6 +641,7 @@ class Job:
     submitted: Event = field(default_factory=Event)
     deadline: float = math.inf  # by monotonic(): JOB_TIMEOUT after its prompt began
     stuck_at: float = math.inf  # by monotonic(): when its prompt has to have begun
+    node_states: JsonObject = field(default_factory=dict)  # ComfyUI's newest, if not yet reported
     percent: float = 0.0  # the highest progress that was reported
     history: JsonObject = field(default_factory=dict)  # ComfyUI's entry for the prompt
     outputs: list[Output] = field(default_factory=list)
@@ -1678,9 +1679,9 @@ CANCEL_TRIES = 3
 MAX_SUBMITS = 2  # of a prompt that ComfyUI loses
 # The errors after which, in the words of CUDA's documentation, the process must be relaunched.
 GPU_FAULT = re.compile(
-    r"(CUDA|HIP) error: (an illegal|device-side assert|unspecified launch|misaligned|hardware"
+    r"\A(?:(CUDA|HIP) error: (an illegal|device-side assert|unspecified launch|misaligned|hardware"
     r"|invalid program counter|the launch timed|uncorrectable|operation not supported on global)"
-    r"|.* error: \w+_EXECUTION_FAILED"
+    r"|.* error: \w+_EXECUTION_FAILED)"
 )
 
 
@@ -1778,7 +1779,10 @@ class PromptRunner:
             is_step = kind in ("execution_start", "execution_error") or _is_end(kind, data)
             # The rest shows now and then that the connection lives.
             is_due = monotonic() - self._forwarded_at > self._settings.comfyui_silence_timeout / 2
-            if is_step or job.on_event or is_due:
+            if job.on_event and kind == "progress_state":
+                is_due = is_due or not job.node_states  # else one is in the inbox already
+                job.node_states = data["nodes"]
+            if is_step or is_due or (job.on_event and kind == "execution_cached"):
                 self._forward(job, Notice(kind, data))
 
     def _forward(self, job: Job | None, notice: Notice) -> None:
@@ -1942,8 +1946,9 @@ class PromptRunner:
                 self._check_gpu(job, notice.data["exception_message"])
             if notice.type == "execution_cached" and job.on_event:
                 progress.begin(self._find_output_nodes(job), notice.data["nodes"])
-            if notice.type == "progress_state" and job.on_event:
-                progress.update(notice.data["nodes"])
+            if job.node_states:
+                states, job.node_states = job.node_states, {}
+                progress.update(states)
 
     def _find_output_nodes(self, job: Job) -> list[str]:
         """The nodes that ComfyUI runs the prompt for: those outputs that it accepted."""
