@@ -6064,6 +6064,76 @@ def stand_in_for_main(folder: pathlib.Path, port: int) -> pathlib.Path:
     return pid
 
 
+def images_script() -> str:
+    """The start.sh that the Dockerfile writes into the image."""
+    found = re.search(
+        r'^COPY <<"EOF" start\.sh\n(.*?\n)EOF$',
+        (HERE / "Dockerfile").read_text(),
+        re.DOTALL | re.MULTILINE,
+    )
+    assert found, "the Dockerfile has its start script in another form"
+    return found[1]
+
+
+# Stands for ComfyUI in the image: ends after the next of the lives, by the clock that `date` reads.
+SHORT_LIVED = """
+import json, os, sys, pathlib
+here = pathlib.Path(__file__).parent
+lives = json.loads((here / "lives").read_text())
+folder = os.path.dirname(sys.argv[6].removeprefix("sqlite:///"))
+start = {"argv": sys.argv[1:], "folder_was_empty": bool(folder) and not os.listdir(folder)}
+with open(here / "starts", "a") as starts:
+    print(json.dumps(start), file=starts)
+if folder:
+    open(os.path.join(folder, "comfyui.db"), "w").close()
+(here / "clock").write_text(str(int((here / "clock").read_text()) + lives.pop(0)))
+(here / "lives").write_text(json.dumps(lives))
+sys.exit(1)
+"""
+# Notes the pause, and stays once the lives are used up.
+NOTING_SLEEP = """#!/bin/sh
+echo "$1" >> "$COMFYUI_INSTALL_PATH/pauses"
+[ "$(cat "$COMFYUI_INSTALL_PATH/lives")" != "[]" ] || exec tail -f /dev/null
+"""
+
+
+def starts_in_the_image(
+    folder: pathlib.Path, lives: list[int], **environ: str
+) -> list[dict[str, Any]]:
+    """Runs the image's start.sh with a ComfyUI that keeps ending.
+
+    `lives` are the seconds, by a clock of this test, that each one is up. Returns how each was
+    started, and the pause after its end.
+    """
+    (programs := folder / "bin").mkdir()
+    (programs / "sleep").write_text(NOTING_SLEEP)
+    (programs / "date").write_text('#!/bin/sh\ncat "$COMFYUI_INSTALL_PATH/clock"\n')
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    (folder / "start.sh").write_text(images_script())
+    (folder / "main.py").write_text(SHORT_LIVED)
+    (folder / "pyworker.py").write_text("import signal; signal.pause()")
+    (folder / "lives").write_text(json.dumps(lives))
+    (folder / "clock").write_text("1000")
+    env = python_first({**os.environ, "COMFYUI_ARGS": "", **environ})
+    env["COMFYUI_INSTALL_PATH"] = str(folder)
+    env["PATH"] = os.pathsep.join([str(programs), env["PATH"]])
+    pauses = folder / "pauses"
+    with process(
+        "sh", "start.sh", log=folder / "log", env=env, cwd=folder, start_new_session=True
+    ) as running:
+        try:
+            wait_for(
+                "every ComfyUI has ended",
+                lambda: pauses.exists() and len(pauses.read_text().split()) == len(lives),
+            )
+        finally:
+            os.killpg(running.pid, signal.SIGKILL)
+    starts = [json.loads(line) for line in (folder / "starts").read_text().splitlines()]
+    waited = [int(pause) for pause in pauses.read_text().split()]
+    return [{**start, "pause": pause} for start, pause in zip(starts, waited, strict=True)]
+
+
 class TestReadme:
     """The demo, what the README shows and promises, and the image."""
 
@@ -6314,18 +6384,10 @@ class TestReadme:
         self,
         tmp_path: pathlib.Path,
     ) -> None:
-        """The Dockerfile's CMD, with a main.py in ComfyUI's place that starts the stand-in."""
-        dockerfile = (HERE / "Dockerfile").read_text()
-        assert "COPY pyworker.py modifiers.py" in dockerfile
-        command = re.search(r'CMD \["sh", "-c", "(.*)"\]', dockerfile, re.DOTALL)
-        assert command
+        """The image's start.sh, with a main.py in ComfyUI's place that starts the stand-in."""
         port, comfyui_port = free_port(), free_port()
-        script = (
-            command[1]
-            .replace("\\\n", "")
-            .replace('\\"', '"')
-            .replace("--port 8188", f"--port {comfyui_port}")
-        )
+        script = images_script().replace("--port 8188", f"--port {comfyui_port}")
+        (tmp_path / "start.sh").write_text(script)
         pid = stand_in_for_main(tmp_path, comfyui_port)
         for name in ("pyworker.py", "modifiers.py"):
             shutil.copy(HERE / name, tmp_path)
@@ -6336,7 +6398,7 @@ class TestReadme:
         environ = python_first({**os.environ, **paths, "PORT": str(port), "COMFYUI_ARGS": ""})
         log = tmp_path / "log"
         with process(
-            "sh", "-c", script, log=log, env=environ, cwd=tmp_path, start_new_session=True
+            "sh", "start.sh", log=log, env=environ, cwd=tmp_path, start_new_session=True
         ) as running:
             try:
                 wait_for("the worker is ready", lambda: answers(f"http://127.0.0.1:{port}/health"))
@@ -6351,6 +6413,61 @@ class TestReadme:
                 assert running.wait(30) == 0, "the worker has the shell's process"
             finally:
                 os.killpg(running.pid, signal.SIGKILL)
+
+    def test_a_comfyui_that_ends_again_and_again_is_waited_for_longer_each_time(
+        self, tmp_path: pathlib.Path
+    ) -> None:
+        lives = [0, 0, 0, 0, 0, 0, 75, 0]  # seconds that each ComfyUI is up before it ends
+        starts = starts_in_the_image(tmp_path, lives)
+        assert [start["pause"] for start in starts] == [2, 4, 8, 16, 32, 60, 2, 4], (
+            "pauses grow up to a minute, and start over after a ComfyUI that was up for one"
+        )
+        assert (
+            "ComfyUI ended with status 1 after 75 s, starting it again in 2 s"
+            in (tmp_path / "log").read_text()
+        )
+
+    def test_each_comfyui_in_the_image_has_a_database_of_its_own(
+        self, tmp_path: pathlib.Path
+    ) -> None:
+        """What one leaves behind, or somebody else holds open, does not keep the next from it."""
+        starts = starts_in_the_image(tmp_path, [0, 0, 0], COMFYUI_ARGS="--reserve-vram 2")
+        fixed = ["--listen", "127.0.0.1", "--port", "8188", "--database-url"]
+        for start in starts:
+            *before, url, name, value = start["argv"]
+            assert (before, name, value) == (fixed, "--reserve-vram", "2")
+            database = pathlib.Path(url.removeprefix("sqlite:///"))
+            assert database.is_absolute() and start["folder_was_empty"], url
+            assert not database.parent.exists(), "it is deleted with its ComfyUI"
+        assert len({start["argv"][5] for start in starts}) == len(starts)
+
+    def test_without_a_temporary_folder_the_images_database_is_in_memory(
+        self, tmp_path: pathlib.Path
+    ) -> None:
+        (start,) = starts_in_the_image(tmp_path, [0], TMPDIR=str(tmp_path / "none"))
+        assert start["argv"][-1] == "sqlite:///:memory:"
+
+    def test_the_image_keeps_its_torch_and_runs_without_root(self) -> None:
+        dockerfile = (HERE / "Dockerfile").read_text()
+        pattern = re.search(r"grep -E '(\S+)' /opt/packages.txt", dockerfile)
+        assert pattern, "the constraints are made in another way"
+        listed = ["torch==2.13.0+cu130", "torchaudio==2.11.0", "torchvision==0.28.0+cu130"]
+        others = ["torchsde==0.2.6", "transformers==5.24.0", "triton==3.7.0"]
+        found = subprocess.run(
+            ["grep", "-E", pattern[1]],
+            input="\n".join(listed + others),
+            capture_output=True,
+            text=True,
+        )
+        assert found.stdout.split() == listed
+        assert re.search(r"^ARG COMFYUI_REF=[0-9a-f]{40}$", dockerfile, re.MULTILINE)
+        assert "ADD https://github.com/Comfy-Org/ComfyUI.git#${COMFYUI_REF} " in dockerfile
+        assert "COPY --chmod=644 pyworker.py modifiers.py ./\n" in dockerfile
+        last = dockerfile.rpartition("\nUSER ")[2]
+        assert re.match(r"[1-9]\d*:[1-9]\d*\n", last), (
+            "a number: Kubernetes has to see it is no root"
+        )
+        assert "\nRUN " not in last and dockerfile.endswith('\nCMD ["sh", "start.sh"]\n')
 
 
 # More than one machine ############################################################################
