@@ -5004,8 +5004,12 @@ class TestModifiers:
                 {"90": node("WanVideoTextEmbedBridge", positive=["6", 0], negative=["7", 0])},
             ),
             ({"guider": ["90", 0]}, {"90": node("CFG", positive=["6", 0], negative=["7", 0])}),
+            (
+                {"conditioning": ["90", 0], "neg_conditioning": ["90", 1]},
+                {"90": node("Both", cond=["6", 0], neg_cond=["7", 0])},
+            ),
         ],
-        ids=["conditioning", "text_embeds", "guider"],
+        ids=["conditioning", "text_embeds", "guider", "both"],
     )
     def test_prompts_are_found_whatever_a_sampler_calls_its_conditionings(
         self, sampler_inputs: dict[str, Any], between: dict[str, Any]
@@ -5015,6 +5019,18 @@ class TestModifiers:
         for name, target in {"prompt": "6.text", "negative_prompt": "7.text"}.items():
             after = literals(modifiers.fill(graph, {name: "a dog"}))
             assert [key for key, value in after.items() if value == "a dog"] == [target]
+
+    def test_the_size_of_the_latents_may_be_a_dynamic_input(self) -> None:
+        graph = {
+            **text2image(),
+            "5": node("VAEEncode", pixels=["12:5", 0], vae=["4", 2]),
+            "12:5": dynamic_inputs()["12:5"],
+            "24": node("ImageScale", width=64, height=64, image=["8", 0], crop="disabled"),
+        }
+        filled = modifiers.fill(graph, {"width": 640, "height": 360})
+        assert filled["12:5"]["inputs"]["resize_type.width"] == 640
+        assert filled["12:5"]["inputs"]["resize_type.height"] == 360
+        assert filled["24"] == graph["24"]
 
     def test_both_prompts_are_found_in_one_node_of_a_wrapper(self) -> None:
         graph = {
