@@ -392,9 +392,8 @@ def _set_instead(graph: Graph, targets: InputTargets) -> InputTargets:
 
 # What a name means ################################################################################
 
-# The inputs for a prompt have the first word in their names, or at least not the second.
+# What is in the name of an input that leads to the prompt, and to the other prompt.
 PROMPTS = {"prompt": ("positive", "neg"), "negative_prompt": ("neg", "positive")}
-Role = tuple[str, str]
 
 # A graph does not have the types of its inputs. These patterns tell what an input is for by its
 # name. SAMPLER fits the inputs by which a sampler, or what stands before one, has its prompts.
@@ -424,7 +423,7 @@ class Workflow(Graph):
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph)
         self.placeholders = _placeholders(graph)
-        self.named = Index(list)  # by "NODE_ID.input", and "input" alone
+        self.named = Index(list)  # by "NODE_ID.input", by "input", and by the last part of that
         self.titled = Index(list)  # by "title" and "title.input", in lower case
         for target, value in _inputs(graph):
             short = target.name.rpartition(".")[2]  # "width" of "resize_type.width"
@@ -435,12 +434,12 @@ class Workflow(Graph):
             if title and isinstance(value, LITERAL):
                 self.titled[title].append(target)
                 self.titled[f"{title}.{target.name.casefold()}"].append(target)
-        self.texts = {name: dict.fromkeys(_texts(graph, role)) for name, role in PROMPTS.items()}
+        self.texts = {prompt: dict.fromkeys(_texts(graph, prompt)) for prompt in PROMPTS}
         # A Flux workflow zeroes its positive conditioning to get a negative one, and has no text
         # for that.
         for target in self.texts["prompt"]:
             self.texts["negative_prompt"].pop(target, None)
-        self.prompts = [name for name, texts in self.texts.items() if texts]
+        self.prompts = [prompt for prompt, texts in self.texts.items() if texts]
 
 
 def _require_equal(graph: Graph, name: str, targets: InputTargets) -> set[Any]:
@@ -454,29 +453,30 @@ def _require_equal(graph: Graph, name: str, targets: InputTargets) -> set[Any]:
     return values
 
 
-def _of_role(names: list[str], role: Role) -> list[str]:
-    own, other = role
+def _of_prompt(names: list[str], prompt: str) -> list[str]:
+    """Returns the names that belong to the prompt, or else those that do not to the other."""
+    own, other = PROMPTS[prompt]
     return [name for name in names if own in name] or [name for name in names if other not in name]
 
 
-def _prompt_inputs(graph: Graph, node_id: str, role: Role) -> list[str]:
-    """Returns the names of the node's inputs that lead to the texts for that role."""
+def _prompt_inputs(graph: Graph, node_id: str, prompt: str) -> list[str]:
+    """Returns the names of the node's inputs that lead to the texts for that prompt."""
     candidates = [name for name in graph[node_id]["inputs"] if not NO_TEXT.search(name)]
     conditionings = list(filter(CONDITIONING.match, candidates))
     texts = list(filter(TEXT.search, candidates))
     if not texts and _is_text_encoder(graph, node_id):
         texts = candidates  # Some encoders name their texts after models, such as t5xxl.
-    return _of_role(conditionings, role) + _of_role(texts, role)
+    return _of_prompt(conditionings, prompt) + _of_prompt(texts, prompt)
 
 
-def _texts(graph: Graph, role: Role) -> InputTargets:
-    """Returns the inputs with the texts from which the samplers' prompts for that role come."""
+def _texts(graph: Graph, prompt: str) -> InputTargets:
+    """Returns the inputs with the texts from which the samplers' positive or negative comes."""
     starts = []
     for node_id, node in graph.items():
         names = list(filter(SAMPLER.fullmatch, node["inputs"]))
         if names != ["conditioning"]:  # That is a node on the way, such as ControlNetApply.
-            starts += [InputTarget(node_id, name) for name in _of_role(names, role)]
-    reached = _follow_links(graph, starts, lambda node_id: _prompt_inputs(graph, node_id, role))
+            starts += [InputTarget(node_id, name) for name in _of_prompt(names, prompt)]
+    reached = _follow_links(graph, starts, lambda node_id: _prompt_inputs(graph, node_id, prompt))
     return [target for target in reached if isinstance(_value(graph, target), str)]
 
 
@@ -516,7 +516,10 @@ def _size(graph: Workflow, name: str) -> InputTargets:
 
 
 def _bare_name(graph: Workflow, name: str) -> InputTargets:
-    """A bare name means every input of that name, and `seed` means `noise_seed` as well."""
+    """A bare name means every input of that name, and "NODE_ID.input" one.
+
+    The name may be the last part of a dynamic input's name, and `seed` means `noise_seed` as well.
+    """
     found = _set_instead(graph, graph.named.get(name, []))
     # A name that is in both prompts, such as `text`, is ambiguous even if the texts are equal.
     if all(texts.keys() & found for texts in graph.texts.values()):
@@ -581,13 +584,15 @@ def _new_values(graph: Workflow, name: str, value: Any, values: Values) -> Value
 def _parse(graph: Graph, modifications: JsonObject) -> tuple[Values, list[str]]:
     """Returns the values to set, and the problems of the modifications that cannot be made.
 
-    What a bare name means can depend on a switch. So true and false are set first, and names that
-    tell the node.
+    What a name means can depend on a switch. So true and false, and whatever has a node's id in its
+    name, are set before the others are looked up.
     """
     values: Values = {}
     problems: list[str] = []
+    workflow = Workflow(graph)
     for is_late in (False, True):
-        workflow = Workflow(_apply(graph, values))
+        if values:
+            workflow = Workflow(_apply(graph, values))
         for name, value in modifications.items():
             if is_late is ("." in name or isinstance(value, bool)) or len(problems) == MAX_PROBLEMS:
                 continue
@@ -661,7 +666,8 @@ def fill(graph: Graph, modifications: JsonObject) -> Graph:
 
     Raises InvalidModification where any of them cannot be made. Its message names the problems.
     Its details have `settable`, a list of what can be set: {"name": …} for a placeholder or a
-    prompt, {"name": "NODE_ID.input", "class_type": …, "value": …} for an input.
+    prompt, {"name": "NODE_ID.input", "class_type": …, "value": …, "title": …} for an input, the
+    last where its node has one.
     """
     values, problems = _parse(graph, modifications)
     problems += _placeholder_problems(graph, values)
