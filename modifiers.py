@@ -27,7 +27,9 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, Protocol, Union, get_args, get_origin
@@ -64,6 +66,23 @@ class InvalidModification(ValueError):
 
 # However much is wrong with a request, its message names no more problems than this.
 MAX_PROBLEMS = 10
+MAX_LISTED = 15  # The same for lists of what there is. The details have all of it.
+
+
+def _listed(items: list[str]) -> str:
+    shown = ", ".join(items[:MAX_LISTED])
+    return shown if len(items) <= MAX_LISTED else f"{shown} and {len(items) - MAX_LISTED} more"
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns " (did you mean …?)" with the known names that are like the name, or else "".
+
+    The comparison is slow, so it leaves out long names and what comes after two thousand names.
+    """
+    short = [each for each in known if len(each) <= 60]
+    nearest = get_close_matches(name[:60].casefold(), short[:2000])
+    return f" (did you mean {' or '.join(nearest)}?)" if nearest else ""
+
 
 # Schemas ##########################################################################################
 
@@ -113,8 +132,9 @@ def _parameter_schema(function: str, parameter: inspect.Parameter) -> JsonObject
     is_union = get_origin(annotation) in (Union, UnionType)
     types = get_args(annotation) if is_union else (annotation,)
     if not set(types) <= TYPE_NAMES.keys():
-        allowed = "str, int, float, bool, or a union of them"
-        raise ValueError(f"{function}: {name} needs a type: {allowed}")
+        raise ValueError(
+            f"{function}: {name} needs a type: str, int, float, bool, or a union of them"
+        )
     schema: JsonObject = {"type": [TYPE_NAMES[each] for each in types]}
     if parameter.default is not parameter.empty:
         _convert(f"{function}: the default of {name}", parameter.default, schema["type"])
@@ -123,31 +143,28 @@ def _parameter_schema(function: str, parameter: inspect.Parameter) -> JsonObject
 
 
 def _describe_parameter(name: str, parameter: JsonObject) -> str:
-    types = " or ".join(parameter["type"])
     need = "optional" if "default" in parameter else "required"
-    return f"{name} ({types}, {need})"
+    return f"{name} ({' or '.join(parameter['type'])}, {need})"
 
 
 def _arguments(function: Modifier, modifications: JsonObject) -> JsonObject:
     """Returns the arguments for the modifier; raises InvalidModification with all problems."""
     schema = _schema(function)
-    problems = [f"unknown {name!r}" for name in modifications if name not in schema]
-    for name, parameter in schema.items():
-        if "default" not in parameter and name not in modifications:
-            problems.append(f"{name} is missing")
+    unknown = [name for name in modifications if name not in schema][:MAX_PROBLEMS]
+    problems = [f"unknown {name[:80]!r}{_did_you_mean(name, schema)}" for name in unknown]
     arguments = {}
-    for name, value in modifications.items():
-        if name not in schema:
-            continue
-        try:
-            arguments[name] = _convert(name, value, schema[name]["type"])
-        except InvalidModification as error:
-            problems.append(str(error))
+    for name, parameter in schema.items():
+        if name in modifications:
+            try:
+                arguments[name] = _convert(name, modifications[name], parameter["type"])
+            except InvalidModification as error:
+                problems.append(str(error))
+        elif "default" not in parameter:
+            problems.append(f"{name} is missing")
     if problems:
         told = "; ".join(problems[:MAX_PROBLEMS])
         takes = ", ".join(_describe_parameter(*item) for item in schema.items())
-        message = f"{function.__name__}: {told}; there is: {takes}"
-        raise InvalidModification(message, schema=schema)
+        raise InvalidModification(f"{function.__name__}: {told}; there is: {takes}", schema=schema)
     return arguments
 
 
@@ -160,9 +177,7 @@ def _files(context: Context) -> dict[str, Path]:
     Only a file that is listed here is ever opened, so no name in a request leads out of the folder.
     """
     folder = context.settings.workflows_dir
-    if not folder:
-        return {}
-    return {path.stem: path for path in Path(folder).glob("*.json")}
+    return {path.stem: path for path in Path(folder).glob("*.json")} if folder else {}
 
 
 def _fault(graph: Any) -> str:
@@ -172,11 +187,13 @@ def _fault(graph: Any) -> str:
     if isinstance(graph.get("nodes"), list):
         return "is in the editor's own format; in ComfyUI, use Workflow > Export (API)"
     for node_id, node in graph.items():
-        fields = node if isinstance(node, dict) else {}
-        has_type = isinstance(fields.get("class_type"), str)
-        if not has_type or not isinstance(fields.get("inputs"), dict):
-            needed = "a class_type (a string) and inputs (an object)"
-            return f"is not in API format: node {node_id!r} needs {needed}"
+        match node:
+            case {"class_type": str(), "inputs": dict()}:
+                continue
+        return (
+            f"is not in API format: node {node_id!r} needs a class_type (a string) and inputs"
+            " (an object)"
+        )
     return ""
 
 
@@ -187,9 +204,8 @@ def load(path: Path) -> Graph:
     names the file without its folder.
     """
     try:
-        text = path.read_text("utf-8-sig")
         # int() raises ValueError for NaN and Infinity, which JSON does not have.
-        graph: Graph = json.loads(text, parse_constant=int)
+        graph: Graph = json.loads(path.read_text("utf-8-sig"), parse_constant=int)
     except OSError as error:
         fault = f"cannot be read: {error.strerror}"
     except (ValueError, RecursionError) as error:
@@ -235,13 +251,17 @@ def _inputs(graph: Graph) -> Iterator[tuple[InputTarget, Any]]:
             yield InputTarget(node_id, name), value
 
 
-def _inputs_named(graph: Graph, *names: str) -> InputTargets:
-    return [target for target, _ in _inputs(graph) if target.name in names]
-
-
 def _value(graph: Graph, target: InputTarget) -> Any:
     """Returns what the input holds, or None where the node has no such input."""
     return graph[target.node_id]["inputs"].get(target.name)
+
+
+def _title(node: JsonObject) -> JsonObject:
+    """Returns {"title": …} as the node has it in the editor, or {} where the export lacks it."""
+    match node:
+        case {"_meta": {"title": str(title)}}:
+            return {"title": title[:100]}
+    return {}
 
 
 def _placeholders(graph: Graph, replaced: Container[Target] = ()) -> set[str]:
@@ -251,11 +271,20 @@ def _placeholders(graph: Graph, replaced: Container[Target] = ()) -> set[str]:
     return {name.casefold() for name in PLACEHOLDER.findall(text)}
 
 
+# Links ############################################################################################
+
+# A switch has an input that tells which of the others it passes on. It does so by the end of their
+# names: "true" in on_true, or a number.
+SELECTOR = re.compile(r"(?i)switch|select|index|boolean|condition|input")
+BRANCH = re.compile(r"\D*(true|false|\d+)")
+
+
 def _source(graph: Graph, target: InputTarget) -> str | None:
     """Returns the id of the node that the input is linked to, or None where it has no link."""
-    value = _value(graph, target)
-    is_link = isinstance(value, list) and [*map(type, value)] == [str, int]
-    return value[0] if is_link and value[0] in graph else None
+    match _value(graph, target):
+        case [str(node_id), int()] if node_id in graph:
+            return node_id
+    return None
 
 
 def _is_text_encoder(graph: Graph, node_id: str) -> bool:
@@ -263,143 +292,197 @@ def _is_text_encoder(graph: Graph, node_id: str) -> bool:
     return _source(graph, InputTarget(node_id, "clip")) is not None
 
 
+def _passed_on(graph: Graph, node_id: str) -> list[str]:
+    """Returns the inputs that the node passes on as they are, if it is a switch or has only one."""
+    inputs = graph[node_id]["inputs"]
+    if len(inputs) == 1:
+        # A loader has nothing but a file's name, which it does not pass on.
+        return [
+            name for name, value in inputs.items() if TEXT.search(name) or type(value) is not str
+        ]
+    ending = ""
+    for selector in filter(SELECTOR.fullmatch, inputs):
+        source = _source(graph, InputTarget(node_id, selector))
+        linked = {} if source is None else graph[source]["inputs"]
+        ending = json.dumps(linked.get("value", inputs[selector]))
+    return [name for name in inputs if BRANCH.sub(r"\1", name.casefold()) == ending]
+
+
 def _follow_links(
-    graph: Graph, starts: InputTargets, next_inputs: Callable[[str], list[str]]
+    graph: Graph,
+    starts: InputTargets,
+    next_inputs: Callable[[str], list[str]] = lambda node_id: [],
 ) -> InputTargets:
     """Returns the inputs to start from, and those that can be reached from them through links.
 
-    `next_inputs` takes the id of a linked node and returns the names of the inputs to go on with.
+    Of a node that passes an input on, only that is followed. For any other node, `next_inputs`
+    takes its id and returns the names of the inputs to go on with.
     """
-    reached: dict[InputTarget, None] = {}  # a set that keeps its order
-    pending = [*starts]
-    while pending:
-        target = pending.pop(0)
-        if target in reached:
-            continue
-        reached[target] = None
+    reached = [*starts]
+    visited: set[str] = set()
+    for target in reached:  # which grows on the way
         source = _source(graph, target)
-        if source is not None:
-            pending += [InputTarget(source, name) for name in next_inputs(source)]
-    return list(reached)
+        if source is not None and source not in visited:
+            visited.add(source)
+            names = _passed_on(graph, source) or next_inputs(source)
+            reached += [InputTarget(source, name) for name in names]
+    return list(dict.fromkeys(reached))
 
 
 def _literals(graph: Graph, targets: InputTargets) -> InputTargets:
     """Returns those of the inputs that hold a literal.
 
-    Where an input is linked to a node that has nothing but a number, such as PrimitiveInt, the
-    input of that node is returned in its place.
+    Where nodes pass a value on to a linked input, the input that holds it is returned in its place.
     """
+    reached = _follow_links(graph, targets)
+    return [target for target in reached if isinstance(_value(graph, target), LITERAL)]
 
-    def only_input(node_id: str) -> list[str]:
-        input_names = list(graph[node_id]["inputs"])
-        return input_names if len(input_names) == 1 else []
 
-    asked = set(targets)
-    found = []
-    for target in _follow_links(graph, targets, only_input):
-        types = LITERAL if target in asked else (int, float)
-        if isinstance(_value(graph, target), types):
-            found.append(target)
-    return found
+# What can be set ##################################################################################
 
 
 def _about(graph: Graph, target: InputTarget) -> JsonObject:
-    """Returns what a client is told of an input: {"name": …, "class_type": …, "value": …}."""
+    """Returns what a client is told of an input: {"name": …, "class_type": …, "value": …}.
+
+    It has a "title" as well if the node has one.
+    """
     value = _value(graph, target)
     if isinstance(value, str) and len(value) > 60:
-        value = value[:60] + "…"
-    class_type = graph[target.node_id]["class_type"]
-    return {"name": str(target), "class_type": class_type, "value": value}
+        value = f"{value:.60}…"
+    node = graph[target.node_id]
+    return {"name": str(target), "class_type": node["class_type"], "value": value} | _title(node)
 
 
-def _show(about: JsonObject) -> str:
-    """Returns the same as text, for a message. Placeholders and prompts have only a name."""
-    pattern = "{name} ({class_type}: {value!r})" if "value" in about else "{name}"
-    return pattern.format_map(about)
+def _choices(graph: Graph, targets: InputTargets) -> str:
+    """Returns the same of several inputs as text, for a message."""
+    choices = []
+    for target in targets:
+        about = _about(graph, target)
+        title = f'"{about["title"]}", ' if "title" in about else ""
+        choices.append(f"{about['name']} ({title}{about['class_type']}: {about['value']!r})")
+    return _listed(choices)
+
+
+def _ambiguous(graph: Graph, name: str, targets: InputTargets) -> InvalidModification:
+    return InvalidModification(
+        f"{name} may mean several inputs, choose among {_choices(graph, targets)}"
+    )
+
+
+def _set_instead(graph: Graph, targets: InputTargets) -> InputTargets:
+    """Returns the literals to set for the inputs: their own, or those that nodes pass on to them.
+
+    Raises InvalidModification, which tells where the value comes from, if there is none.
+    """
+    found = _literals(graph, targets)
+    if found or not targets:
+        return found
+    target = targets[0]
+    *_, last = _follow_links(graph, [target])
+    source = _source(graph, last)
+    if source is None:
+        raise InvalidModification(f"{target} holds no single value")
+    behind = _follow_links(graph, [target], lambda node_id: list(graph[node_id]["inputs"]))
+    choices = _choices(graph, _literals(graph, behind)) or "nothing"
+    raise InvalidModification(
+        f"{target} ({graph[target.node_id]['class_type']}) comes from node {source}"
+        f" ({graph[source]['class_type']}); to set instead: {choices}"
+    )
 
 
 # What a name means ################################################################################
 
-PROMPTS = {"prompt": "positive", "negative_prompt": "negative"}  # name -> input of a sampler
+# What is in the name of an input that leads to the prompt, and to the other prompt.
+PROMPTS = {"prompt": ("positive", "neg"), "negative_prompt": ("neg", "positive")}
 
 # A graph does not have the types of its inputs. These patterns tell what an input is for by its
-# name. CONDITIONING fits the inputs for a conditioning or a guider, and those of switches, which
-# pass either on (its last three names). It leaves out DualCFGGuider's cond2, since workflows link
-# that to the negative prompt.
-CONDITIONING = re.compile(r"cond(?!2)|positive|negative|guider|any_|input\d|on_")
+# name. SAMPLER fits the inputs by which a sampler, or what stands before one, has its prompts.
+SAMPLER = re.compile(
+    r"positive|negative|(neg_)?conditioning|guider|(text|prompt|hyvid|kolors)_embeds"
+)
+# CONDITIONING fits the inputs for a conditioning or a guider, and those of switches, which pass
+# either on (its last three names). It leaves out DualCFGGuider's cond2, since workflows link that
+# to the negative prompt.
+CONDITIONING = re.compile(
+    r"positive|neg|cond(?!2)|guider|(text|original_text|prompt|hyvid|kolors)_embeds"
+    r"|any_|input\d|on_"
+)
 # An input takes a prompt's text if TEXT fits its name and NO_TEXT does not.
-TEXT = re.compile(r"text|prompt|string|value|^tags|positive|negative")
-NO_TEXT = re.compile(r"system|padding|encoder|template|type|mode|^clip$")
+TEXT = re.compile(r"text|prompt|string|value|replace|^tags|positive|negative")
+NO_TEXT = re.compile(r"system|padding|encoder|template|type|mode|name|^clip$")
 # LATENT fits the inputs for a latent, and for the picture that a node encodes into one.
 LATENT = re.compile(r"samples|latent|pixels|^image")
 
 
-def _ambiguous(graph: Graph, name: str, targets: InputTargets) -> InvalidModification:
-    choices = ", ".join(_show(_about(graph, target)) for target in targets)
-    return InvalidModification(f"{name} may mean several inputs, choose among {choices}")
+Index = defaultdict[str, InputTargets]
 
 
-def _require_equal(graph: Graph, name: str, targets: InputTargets) -> None:
-    """Raises InvalidModification where the inputs hold different values.
+class Workflow(Graph):
+    """A graph with what the names in a request can mean, looked up once for all of them."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph)
+        self.placeholders = _placeholders(graph)
+        self.named = Index(list)  # by "NODE_ID.input", by "input", and by the last part of that
+        self.titled = Index(list)  # by "title" and "title.input", in lower case
+        for target, value in _inputs(graph):
+            short = target.name.rpartition(".")[2]  # "width" of "resize_type.width"
+            synonym = "seed" if short == "noise_seed" else short
+            for name in (str(target), target.name, short, synonym):
+                self.named[name].append(target)
+            title = _title(graph[target.node_id]).get("title", "").casefold()
+            if title and isinstance(value, LITERAL):
+                self.titled[title].append(target)
+                self.titled[f"{title}.{target.name.casefold()}"].append(target)
+        self.texts = {prompt: dict.fromkeys(_texts(graph, prompt)) for prompt in PROMPTS}
+        # A Flux workflow zeroes its positive conditioning to get a negative one, and has no text
+        # for that.
+        for target in self.texts["prompt"]:
+            self.texts["negative_prompt"].pop(target, None)
+        self.prompts = [prompt for prompt, texts in self.texts.items() if texts]
+
+
+def _require_equal(graph: Graph, name: str, targets: InputTargets) -> set[Any]:
+    """Returns the value of the inputs, and raises InvalidModification where it is not the same.
 
     A workflow has a reason for such a difference. So a client may mean only one of the inputs.
     """
-    values = [_value(graph, target) for target in targets]
-    if any(value != values[0] for value in values):
+    values = {_value(graph, target) for target in targets}
+    if len(values) > 1:
         raise _ambiguous(graph, name, targets)
+    return values
 
 
-def _exact_input(graph: Graph, name: str) -> InputTargets:
-    """The name "NODE_ID.input" means that one input. The node's id may have dots in it."""
-    node_id, _, input_name = name.rpartition(".")
-    if node_id in graph and input_name in graph[node_id]["inputs"]:
-        return [InputTarget(node_id, input_name)]
-    return []
+def _of_prompt(names: list[str], prompt: str) -> list[str]:
+    """Returns the names that belong to the prompt, or else those that do not to the other."""
+    own, other = PROMPTS[prompt]
+    return [name for name in names if own in name] or [name for name in names if other not in name]
 
 
-def _of_role(names: list[str], role: str) -> list[str]:
-    """Returns the names that contain the role, or else those that do not contain the other role."""
-    other = "negative" if role == "positive" else "positive"
-    own = [name for name in names if role in name]
-    return own or [name for name in names if other not in name]
-
-
-def _prompt_inputs(graph: Graph, node_id: str, role: str) -> list[str]:
-    """Returns the names of the node's inputs that lead to the texts for that role."""
-    conditionings = []
-    candidates = []
-    for name in graph[node_id]["inputs"]:
-        source = _source(graph, InputTarget(node_id, name))
-        if source is not None and CONDITIONING.match(name):
-            conditionings.append(name)
-        if not NO_TEXT.search(name):
-            candidates.append(name)
-    texts = [name for name in candidates if TEXT.search(name)]
+def _prompt_inputs(graph: Graph, node_id: str, prompt: str) -> list[str]:
+    """Returns the names of the node's inputs that lead to the texts for that prompt."""
+    candidates = [name for name in graph[node_id]["inputs"] if not NO_TEXT.search(name)]
+    conditionings = list(filter(CONDITIONING.match, candidates))
+    texts = list(filter(TEXT.search, candidates))
     if not texts and _is_text_encoder(graph, node_id):
         texts = candidates  # Some encoders name their texts after models, such as t5xxl.
-    return _of_role(conditionings, role) + _of_role(texts, role)
+    return _of_prompt(conditionings, prompt) + _of_prompt(texts, prompt)
 
 
-def _texts(graph: Graph, role: str) -> InputTargets:
-    """Returns the inputs with the texts that feed the samplers' positive or negative.
-
-    A text that feeds both is left out of the negative ones: a Flux workflow zeroes its positive
-    conditioning to get a negative one, and has no text for it.
-    """
-    starts = _inputs_named(graph, role, "guider")
-    reached = _follow_links(graph, starts, lambda node_id: _prompt_inputs(graph, node_id, role))
-    texts = [target for target in reached if isinstance(_value(graph, target), str)]
-    if role == "positive":
-        return texts
-    positive = _texts(graph, "positive")
-    return [target for target in texts if target not in positive]
+def _texts(graph: Graph, prompt: str) -> InputTargets:
+    """Returns the inputs with the texts from which the samplers' positive or negative comes."""
+    starts = []
+    for node_id, node in graph.items():
+        names = list(filter(SAMPLER.fullmatch, node["inputs"]))
+        if names != ["conditioning"]:  # That is a node on the way, such as ControlNetApply.
+            starts += [InputTarget(node_id, name) for name in _of_prompt(names, prompt)]
+    reached = _follow_links(graph, starts, lambda node_id: _prompt_inputs(graph, node_id, prompt))
+    return [target for target in reached if isinstance(_value(graph, target), str)]
 
 
-def _prompt(graph: Graph, name: str) -> InputTargets:
+def _prompt(graph: Workflow, name: str) -> InputTargets:
     """The names `prompt` and `negative_prompt` mean the texts that feed the samplers."""
-    if name not in PROMPTS:
-        return []
-    found = _texts(graph, PROMPTS[name])
+    found = list(graph.texts.get(name, []))
     nodes = {target.node_id for target in found}
     # The texts of a single encoder may differ, since they belong to the same prompt.
     if len(nodes) != 1 or not _is_text_encoder(graph, found[0].node_id):
@@ -407,7 +490,7 @@ def _prompt(graph: Graph, name: str) -> InputTargets:
     return found
 
 
-def _size(graph: Graph, name: str) -> InputTargets:
+def _size(graph: Workflow, name: str) -> InputTargets:
     """The names `width` and `height` mean the size of the latents that the samplers start from.
 
     An input of another node is meant as well if it has the same name and the same value.
@@ -417,67 +500,65 @@ def _size(graph: Graph, name: str) -> InputTargets:
 
     def size_inputs(node_id: str) -> list[str]:
         inputs = graph[node_id]["inputs"]
-        if name in inputs:
-            return [name]
-        return [each for each in inputs if LATENT.search(each)]
+        sizes = [each for each in inputs if f".{each}".endswith(f".{name}")]
+        return sizes or list(filter(LATENT.search, inputs))
 
-    reached = _follow_links(graph, _inputs_named(graph, "latent_image"), size_inputs)
-    found = _literals(graph, [target for target in reached if target.name == name])
-    if not found:
-        return []
-    _require_equal(graph, name, found)
-    for target in _inputs_named(graph, name):
-        # A text encoder's size stays: it is that of the pictures that the model was trained on.
-        if not _is_text_encoder(graph, target.node_id):
-            found.append(target)
-    size = _value(graph, found[0])
-    return [target for target in _literals(graph, found) if _value(graph, target) == size]
+    reached = _follow_links(graph, graph.named.get("latent_image", []), size_inputs)
+    sizes = [target for target in reached if f".{target}".endswith(f".{name}")]
+    size = _require_equal(graph, name, _set_instead(graph, sizes))
+    # A text encoder's size stays: it is that of the pictures that the model was trained on.
+    sizes += [
+        target
+        for target in graph.named.get(name, [])
+        if not _is_text_encoder(graph, target.node_id)
+    ]
+    return [target for target in _literals(graph, sizes) if _value(graph, target) in size]
 
 
-def _bare_name(graph: Graph, name: str) -> InputTargets:
-    """A bare name means every input of that name, and `seed` means `noise_seed` as well."""
-    if name == "seed":
-        # Seeds differ without a reason, so the client means all of them.
-        return _literals(graph, _inputs_named(graph, "seed", "noise_seed"))
-    found = _literals(graph, _inputs_named(graph, name))
+def _bare_name(graph: Workflow, name: str) -> InputTargets:
+    """A bare name means every input of that name, and "NODE_ID.input" one.
+
+    The name may be the last part of a dynamic input's name, and `seed` means `noise_seed` as well.
+    """
+    found = _set_instead(graph, graph.named.get(name, []))
     # A name that is in both prompts, such as `text`, is ambiguous even if the texts are equal.
-    if all(set(found).intersection(_texts(graph, role)) for role in PROMPTS.values()):
+    if all(texts.keys() & found for texts in graph.texts.values()):
         raise _ambiguous(graph, name, found)
-    _require_equal(graph, name, found)
+    if name != "seed":  # Seeds differ without a reason, so the client means all of them.
+        _require_equal(graph, name, found)
     return found
 
 
-def _targets(graph: Graph, name: str, placeholders: set[str]) -> Sequence[Target]:
+def _targets(graph: Workflow, name: str) -> Iterable[Target]:
     """Returns what a name means, by the first rule that finds something.
 
+    The title of a node counts where the rules find nothing that can be set, or more than one thing.
     Raises InvalidModification where no rule finds anything, and where the name is ambiguous.
     """
-    if name.casefold() in placeholders:
-        return [Placeholder(name.casefold())]
-    for rule in (_exact_input, _prompt, _size, _bare_name):
-        found = rule(graph, name)
-        if found:
-            return found
+    key = name.casefold()
+    if key in graph.placeholders:
+        return [Placeholder(key)]
+    titled = graph.titled.get(key, [])
+    try:
+        for rule in (_prompt, _size, _bare_name):
+            if found := rule(graph, name):
+                return found
+    except InvalidModification:
+        if len(titled) != 1:
+            raise
+    if len(titled) > 1:
+        raise _ambiguous(graph, name, titled)
+    if titled:
+        return titled
     why = ": no text feeds the samplers' negative alone" if name == "negative_prompt" else ""
-    raise InvalidModification(f"{name!r:.80} fits nothing in the workflow{why}")
+    near = _did_you_mean(name, [*graph.prompts, *graph.named, *graph.titled])
+    raise InvalidModification(f"{name[:80]!r} fits nothing in the workflow{why}{near}")
 
 
 # Filling a graph ##################################################################################
 
-MAX_SETTABLE = 40  # A message lists no more of what can be set. The details list everything.
-
 # A placeholder does not have the type of the value that it stands for.
 PLACEHOLDER_TYPES = ["string", "number", "boolean"]
-
-
-def _settable(graph: Graph) -> list[JsonObject]:
-    """Returns what can be set: the placeholders and the prompts, and then every literal."""
-    prompts = {name for name, role in PROMPTS.items() if _texts(graph, role)}
-    settable = [{"name": name} for name in sorted(_placeholders(graph) | prompts)]
-    for target, value in _inputs(graph):
-        if isinstance(value, LITERAL):
-            settable.append(_about(graph, target))
-    return settable
 
 
 def _types(graph: Graph, target: Target) -> list[str]:
@@ -487,30 +568,38 @@ def _types(graph: Graph, target: Target) -> list[str]:
     present = _value(graph, target)
     if isinstance(present, str) and "{{" in present:
         return PLACEHOLDER_TYPES
-    if not isinstance(present, LITERAL):
-        raise InvalidModification(f"{target} is linked to another node, or holds no single value")
     if present == RANDOM_INT or type(present) is int:
         return ["integer", "number"]  # A float may look like this: ComfyUI exports 1.0 as 1.
     return [TYPE_NAMES[type(present)]]
 
 
+def _new_values(graph: Workflow, name: str, value: Any, values: Values) -> Values:
+    """Returns what a modification sets, and raises InvalidModification if it cannot be made."""
+    new = {target: _convert(name, value, _types(graph, target)) for target in _targets(graph, name)}
+    if any(values.get(target, each) != each for target, each in new.items()):
+        raise InvalidModification(f"{name} sets an input that another modification sets as well")
+    return new
+
+
 def _parse(graph: Graph, modifications: JsonObject) -> tuple[Values, list[str]]:
-    """Returns the values to set, and the problems of the modifications that cannot be made."""
-    placeholders = _placeholders(graph)
+    """Returns the values to set, and the problems of the modifications that cannot be made.
+
+    What a name means can depend on a switch. So true and false, and whatever has a node's id in its
+    name, are set before the others are looked up.
+    """
     values: Values = {}
-    problems = []
-    for name, value in modifications.items():
-        try:
-            targets = _targets(graph, name, placeholders)
-            new = {target: _convert(name, value, _types(graph, target)) for target in targets}
-            if any(values.get(target, each) != each for target, each in new.items()):
-                problem = "sets an input that another modification sets as well"
-                raise InvalidModification(f"{name} {problem}")
-            values |= new
-        except InvalidModification as error:
-            problems.append(str(error))
-        if len(problems) == MAX_PROBLEMS:
-            break
+    problems: list[str] = []
+    workflow = Workflow(graph)
+    for is_late in (False, True):
+        if values:
+            workflow = Workflow(_apply(graph, values))
+        for name, value in modifications.items():
+            if is_late is ("." in name or isinstance(value, bool)) or len(problems) == MAX_PROBLEMS:
+                continue
+            try:
+                values |= _new_values(workflow, name, value, values)
+            except InvalidModification as error:
+                problems.append(str(error))
     return values, problems
 
 
@@ -518,11 +607,16 @@ def _placeholder_problems(graph: Graph, values: Values) -> list[str]:
     """Finds placeholders without a value, and values whose placeholder is not there any more."""
     left = _placeholders(graph, replaced=values)
     given = {target.name for target in values if isinstance(target, Placeholder)}
-    without_value = "is missing, which the workflow has a placeholder for"
-    without_placeholder = "fills a text that another modification replaces"
-    problems = [f"{name} {without_value}" for name in sorted(left - given)]
-    problems += [f"{name} {without_placeholder}" for name in sorted(given - left)]
-    return problems
+    return [
+        *(
+            f"{name} is missing, which the workflow has a placeholder for"
+            for name in sorted(left - given)
+        ),
+        *(
+            f"{name} fills a text that another modification replaces"
+            for name in sorted(given - left)
+        ),
+    ]
 
 
 def _steps_problems(graph: Graph, values: Values) -> list[str]:
@@ -531,15 +625,13 @@ def _steps_problems(graph: Graph, values: Values) -> list[str]:
     Samplers can share the steps of a picture. Each but the first has a `start_at_step` above 0.
     """
     problems = []
-    for target, steps in values.items():
-        if not isinstance(target, InputTarget) or target.name != "steps":
-            continue
-        start = InputTarget(target.node_id, "start_at_step")
-        first_step = values.get(start, _value(graph, start))
+    for node_id in graph:
+        steps = values.get(InputTarget(node_id, "steps"))
+        start = InputTarget(node_id, "start_at_step")
         # A placeholder for the steps takes a string as well.
-        are_numbers = isinstance(first_step, int) and isinstance(steps, (int, float))
-        if are_numbers and 0 < first_step >= steps:
-            problems.append(f"{start} is not below steps: name both")
+        match values.get(start, _value(graph, start)), steps:
+            case int(first_step), int() | float() if 0 < first_step >= steps:
+                problems.append(f"{start} is not below steps: name both")
     return problems
 
 
@@ -549,26 +641,23 @@ def _replace(value: Any, values: Values) -> Any:
     A string that is nothing but a placeholder becomes the value itself, with its type. In a longer
     string the value is put in as text.
     """
-    if isinstance(value, dict):
-        return {name: _replace(each, values) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_replace(each, values) for each in value]
-    if not isinstance(value, str):
-        return value
-    if whole := PLACEHOLDER.fullmatch(value):
-        return values[Placeholder(whole[1].casefold())]
-    return PLACEHOLDER.sub(lambda found: str(_replace(found[0], values)), value)
+    match value:
+        case dict():
+            return {name: _replace(each, values) for name, each in value.items()}
+        case list():
+            return [_replace(each, values) for each in value]
+        case str():
+            if whole := PLACEHOLDER.fullmatch(value):
+                return values.get(Placeholder(whole[1].casefold()), value)
+            return PLACEHOLDER.sub(lambda found: str(_replace(found[0], values)), value)
+    return value
 
 
 def _apply(graph: Graph, values: Values) -> Graph:
     """Returns a copy of the graph in which every target has its value."""
-    filled = {}
-    for node_id, node in graph.items():
-        inputs = {}
-        for name, value in node["inputs"].items():
-            target = InputTarget(node_id, name)
-            inputs[name] = values[target] if target in values else _replace(value, values)
-        filled[node_id] = {**node, "inputs": inputs}
+    filled = {node_id: {**node, "inputs": {}} for node_id, node in graph.items()}
+    for target, value in _inputs(graph):
+        filled[target.node_id]["inputs"][target.name] = values.get(target, _replace(value, values))
     return filled
 
 
@@ -577,15 +666,20 @@ def fill(graph: Graph, modifications: JsonObject) -> Graph:
 
     Raises InvalidModification where any of them cannot be made. Its message names the problems.
     Its details have `settable`, a list of what can be set: {"name": …} for a placeholder or a
-    prompt, {"name": "NODE_ID.input", "class_type": …, "value": …} for an input.
+    prompt, {"name": "NODE_ID.input", "class_type": …, "value": …, "title": …} for an input, the
+    last where its node has one.
     """
     values, problems = _parse(graph, modifications)
     problems += _placeholder_problems(graph, values)
     problems += _steps_problems(graph, values)
     if problems:
-        settable = _settable(graph)
+        workflow = Workflow(graph)
+        names = sorted({*workflow.placeholders, *workflow.prompts})
+        literals = [target for target, value in _inputs(graph) if isinstance(value, LITERAL)]
         told = "; ".join(problems[:MAX_PROBLEMS])
-        takes = ", ".join(_show(about) for about in settable[:MAX_SETTABLE])
+        takes = _listed([*names, _choices(graph, literals)])
+        settable = [{"name": name} for name in names]
+        settable += [_about(graph, target) for target in literals]
         raise InvalidModification(f"{told}; what can be set: {takes}", settable=settable)
     return _apply(graph, values)
 
@@ -616,9 +710,7 @@ def names(context: Context) -> list[str]:
 def _call(function: Modifier, modifications: JsonObject, context: Context) -> Graph:
     """Calls the modifier with what its signature asks for."""
     wanted = inspect.signature(function).parameters
-    extra = {}
-    if "context" in wanted:
-        extra["context"] = context
+    extra = {"context": context} if "context" in wanted else {}
     if "modifications" in wanted:  # The modifier takes them unchecked.
         return function(modifications=modifications, **extra)
     return function(**_arguments(function, modifications), **extra)
@@ -637,8 +729,11 @@ def build(name: str, modifications: JsonObject, context: Context) -> Graph:
     if name in files:
         return fill(load(files[name]), modifications)
     listed = names(context)
-    message = f"there is no modifier {name!r:.80}; there is: {', '.join(listed)}"
-    raise InvalidModification(message, modifiers=listed)
+    raise InvalidModification(
+        f"there is no modifier {name[:80]!r}{_did_you_mean(name, listed)};"
+        f" there is: {_listed(listed)}",
+        modifiers=listed,
+    )
 
 
 # The modifiers ####################################################################################
@@ -681,13 +776,13 @@ def Text2Image(
 ) -> Graph:
     """Makes a picture from a text, with a Stable Diffusion checkpoint.
 
-    Without a seed it takes a random one. `cfg_scale` is another name for `cfg`.
+    Without a seed, and with -1, it takes a random one. `cfg_scale` is another name for `cfg`.
     """
     checkpoint = _default_checkpoint(context) if ckpt_name is None else ckpt_name
     return {
         "3": _node(
             "KSampler",
-            seed=RANDOM_INT if seed is None else seed,
+            seed=RANDOM_INT if seed in (None, -1) else seed,
             cfg=cfg if cfg_scale is None else cfg_scale,
             steps=steps,
             sampler_name=sampler_name,

@@ -4977,7 +4977,8 @@ LANDS = {
     "text2image": {
         "prompt": "6.text", "negative_prompt": "7.text", "seed": "3.seed", "steps": "3.steps",
         "width": "5.width", "height": "5.height", "cfg": "3.cfg", "batch_size": "5.batch_size",
-        "8.samples": "! linked to another node", "text": "? 6.text 7.text",
+        "8.samples": "! 8.samples (VAEDecode) comes from node 3 (KSampler)",
+        "text": "? 6.text 7.text",
         "guidance": "! fits nothing", "3.guidance": "! fits nothing", "9": "! fits nothing",
     },
     "sdxl_with_refiner": {
@@ -4993,7 +4994,7 @@ LANDS = {
     },
     "flux": {
         "prompt": "6.clip_l 2:1.value", "2:1.value": "2:1.value",
-        "6.t5xxl": "! linked to another node",
+        "6.t5xxl": "2:1.value",
         "negative_prompt": "! no text feeds the samplers' negative alone", "seed": "25.noise_seed",
         "steps": "17.steps", "width": "27.width 30.width", "height": "27.height 30.height",
         "guidance": "6.guidance 26.guidance",
@@ -5048,7 +5049,9 @@ LANDS = {
     },
     "omnigen2": {
         "prompt": "6.text", "negative_prompt": "7.text", "seed": "21.noise_seed",
-        "steps": "23.steps", "width": "! fits nothing", "height": "! fits nothing",
+        "steps": "23.steps",
+        "width": "! 11.width (EmptySD3LatentImage) comes from node 16 (LoadImage)",
+        "height": "! 11.height (EmptySD3LatentImage) comes from node 16 (LoadImage)",
     },
     "ltx_video": {
         "prompt": "6.text", "negative_prompt": "7.text", "seed": "72.noise_seed",
@@ -5059,6 +5062,28 @@ LANDS = {
         "prompt": "? 6.text 16.text", "negative_prompt": "? 19.string_a 19.string_b",
         "seed": "3.seed", "steps": "3.steps", "width": "5.width", "height": "5.height",
         "delimiter": "19.delimiter",
+    },
+    "dynamic_inputs": {
+        "2.format.bit_depth": "2.format.bit_depth", "2.bit_depth": "! fits nothing",
+        "12:5.resize_type.width": "12:5.resize_type.width", "bit_depth": "2.format.bit_depth",
+        "format.bit_depth": "2.format.bit_depth", "format": "2.format", "7.1.a.b": "7.1.a.b",
+        "seed": "3.model.seed 6.noise_seed", "prompt": "3.model.prompt",
+        "width": "12:5.resize_type.width", "crop": "? 12:5.resize_type.crop 3.model.crop",
+        "negative_prompt": "3.negative_prompt", "depth": "! fits nothing",
+    },
+    "switches": {
+        "steps": "10.value", "on": "9.value", "prompt": "31.value", "seed": "50.value",
+        "cfg": "41.value", "denoise": "62.value", "3.steps": "10.value", "12.switch": "9.value",
+        "width": "20.value", "negative_prompt": "7.text", "scheduler": "63.value",
+        "height": "! 5.height (EmptyLatentImage) comes from node 23 (ComfyMathExpression);"
+                  " to set instead: 23.expression (ComfyMathExpression: 'a/2'), 22.value"
+                  ' ("Tall", PrimitiveInt: 720); what',
+        "4.ckpt_name": "4.ckpt_name",
+        "model": "! comes from node 4 (CheckpointLoaderSimple); to set instead: 4.ckpt_name",
+    },
+    "template": {
+        "prompt": "? 30.string 31.value", "negative_prompt": "7.text",
+        "30.replace": "31.value",
     },
 }  # fmt: skip
 
@@ -5323,7 +5348,8 @@ class TestModifiers:
             with pytest.raises(modifiers.InvalidModification) as refused:
                 modifiers.fill(graph, {name: "x"})
             choices = re.search(r"choose among (.*?); what can be set", str(refused.value))
-            found = re.findall(r"(\S+) \(\w+: ", choices[1]) if choices else []
+            listed = re.compile(r'(\S+) \((?:"[^"]*", )?\w+: ')
+            found = listed.findall(choices[1]) if choices else []
             assert sorted(found) == sorted(expected[1:].split() if expected[0] == "?" else [])
             assert expected[0] == "?" or expected[2:] in str(refused.value)
             settable = {
@@ -5331,10 +5357,11 @@ class TestModifiers:
                 for each in refused.value.details["settable"]
                 if "value" in each
             }
-            free = {key: value for key, value in before.items() if not is_link(value)}
             assert settable == {
-                key: (graph[key.rpartition(".")[0]]["class_type"], value)
-                for key, value in free.items()
+                f"{key}.{name}": (each["class_type"], value)
+                for key, each in graph.items()
+                for name, value in each["inputs"].items()
+                if not is_link(value)
             }
             return
         value = another(before[expected.split()[0]])
@@ -5346,6 +5373,190 @@ class TestModifiers:
         assert [(key, list(each["inputs"])) for key, each in filled.items()] == [
             (key, list(each["inputs"])) for key, each in graph.items()
         ]
+
+    @pytest.mark.parametrize("select", [{"9.value": True}, {"on": True}, {"Fast?": True}], ids=str)
+    def test_a_switch_that_the_same_request_turns_decides_what_a_name_means(
+        self, select: dict[str, Any]
+    ) -> None:
+        for asked in ({"steps": 6, **select}, {**select, "steps": 6}):
+            filled = modifiers.fill(switches(), asked)
+            assert [filled[key]["inputs"]["value"] for key in ("9", "10", "11")] == [True, 50, 6]
+        graph = switches()
+        graph["42"]["inputs"]["select"] = 1
+        filled = modifiers.fill(graph, {"cfg": 3.5, "42.select": 2})
+        assert [filled[key]["inputs"]["value"] for key in ("40", "41")] == [1.0, 3.5]
+
+    def test_a_switch_that_is_computed_is_refused_with_all_that_it_may_pass_on(self) -> None:
+        graph = {**switches(), "9": node("Compare", a=1, b=2)}
+        del graph["10"]["_meta"]
+        with pytest.raises(modifiers.InvalidModification) as refused:
+            modifiers.fill(graph, {"steps": 6})
+        assert "3.steps (KSampler) comes from node 12 (ComfySwitchNode)" in str(refused.value)
+        for choice in ("10.value (PrimitiveInt: 50)", "11.value", "9.a (Compare: 1)"):
+            assert choice in str(refused.value).partition("what can be set")[0]
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("Width", "20.value"),
+            ("steps (FAST)", "11.value"),
+            ("Steps (fast).value", "11.value"),
+            ("steps.value", "10.value"),
+            ("Big.batch_size", "5.batch_size"),
+            ("CFG", "8.tile"),  # a title, as names of inputs are matched with their case
+            ("cfg", "41.value"),
+            ("3.denoise", "62.value"),
+        ],
+    )
+    def test_a_title_names_its_input_and_hides_no_input(self, name: str, expected: str) -> None:
+        graph = switches()
+        graph["5"]["_meta"] = {"title": "Big"}
+        graph["8"] = titled("cfg", "VAEDecodeTiled", tile=64, samples=["3", 0])
+        graph["2"] = titled("3.denoise", "Any", value=0.5)
+        graph["1"] = {**node("Any"), "_meta": {"title": ["no", "title"]}}
+        before, after = literals(graph), literals(modifiers.fill(graph, {name: 96}))
+        assert {key for key in before if after[key] != before[key]} == {expected}
+
+    def test_a_title_decides_between_inputs_that_differ(self) -> None:
+        graph = two_samplers()
+        graph["11"]["_meta"] = {"title": "Second"}
+        graph["90"] = titled("Steps", "PrimitiveInt", value=20)
+        graph["11"]["inputs"]["steps"] = ["90", 0]
+        graph["3"]["inputs"]["steps"] = 30
+        assert modifiers.fill(graph, {"steps": 9})["90"]["inputs"]["value"] == 9
+        assert modifiers.fill(graph, {"second.denoise": 0.3})["11"]["inputs"]["denoise"] == 0.3
+
+    def test_a_title_that_is_not_unique_is_refused_with_the_choices(self) -> None:
+        graph = text2image()
+        for key in ("6", "7"):
+            graph[key]["_meta"] = {"title": "Prompt for CLIP"}
+        graph["5"]["_meta"] = {"title": "Size"}
+        for name, choices in {
+            "prompt for clip": ['6.text ("Prompt for CLIP", CLIPTextEncode: ', '7.text ("Prompt '],
+            "Size": ['5.width ("Size", EmptyLatentImage: ', '5.height ("Size", EmptyLatentImage: '],
+        }.items():
+            with pytest.raises(modifiers.InvalidModification) as refused:
+                modifiers.fill(graph, {name: "x"})
+            for choice in (f"{name} may mean several inputs, choose among", *choices):
+                assert choice in str(refused.value).partition("what can be set")[0]
+
+    def test_what_can_be_set_has_the_titles(self) -> None:
+        with pytest.raises(modifiers.InvalidModification) as refused:
+            modifiers.fill(switches(), {"nothing like it": 1})
+        settable = {each["name"]: each for each in refused.value.details["settable"]}
+        assert settable["20.value"] == {
+            "name": "20.value",
+            "title": "Width",
+            "class_type": "PrimitiveInt",
+            "value": 1280,
+        }
+        assert "title" not in settable["50.value"]
+
+    @pytest.mark.parametrize(
+        ("sampler_inputs", "between"),
+        [
+            ({"conditioning": ["6", 0], "neg_conditioning": ["7", 0]}, {}),  # XlabsSampler
+            (
+                {"text_embeds": ["90", 0]},  # WanVideoSampler
+                {"90": node("WanVideoTextEmbedBridge", positive=["6", 0], negative=["7", 0])},
+            ),
+            ({"guider": ["90", 0]}, {"90": node("CFG", positive=["6", 0], negative=["7", 0])}),
+            (
+                {"conditioning": ["90", 0], "neg_conditioning": ["90", 1]},
+                {"90": node("Both", cond=["6", 0], neg_cond=["7", 0])},
+            ),
+        ],
+        ids=["conditioning", "text_embeds", "guider", "both"],
+    )
+    def test_prompts_are_found_whatever_a_sampler_calls_its_conditionings(
+        self, sampler_inputs: dict[str, Any], between: dict[str, Any]
+    ) -> None:
+        graph = {**text2image(), **between}
+        graph["3"] = node("XlabsSampler", noise_seed=5, steps=20, **sampler_inputs)
+        for name, target in {"prompt": "6.text", "negative_prompt": "7.text"}.items():
+            after = literals(modifiers.fill(graph, {name: "a dog"}))
+            assert [key for key, value in after.items() if value == "a dog"] == [target]
+
+    def test_the_size_of_the_latents_may_be_a_dynamic_input(self) -> None:
+        graph = {
+            **text2image(),
+            "5": node("VAEEncode", pixels=["12:5", 0], vae=["4", 2]),
+            "12:5": dynamic_inputs()["12:5"],
+            "24": node("ImageScale", width=64, height=64, image=["8", 0], crop="disabled"),
+        }
+        filled = modifiers.fill(graph, {"width": 640, "height": 360})
+        assert filled["12:5"]["inputs"]["resize_type.width"] == 640
+        assert filled["12:5"]["inputs"]["resize_type.height"] == 360
+        assert filled["24"] == graph["24"]
+
+    def test_both_prompts_are_found_in_one_node_of_a_wrapper(self) -> None:
+        graph = {
+            "16": node("WanVideoTextEncode", positive_prompt="a fox", negative_prompt="static"),
+            "35": node("WanVideoSampler", text_embeds=["16", 0], image_embeds=["63", 0], steps=30),
+            "63": node("WanVideoEmptyEmbeds", width=832, height=480, num_frames=81),
+        }
+        filled = modifiers.fill(graph, {"prompt": "x", "negative_prompt": "y", "width": 640})
+        assert filled["16"]["inputs"] == {"positive_prompt": "x", "negative_prompt": "y"}
+        assert filled["63"]["inputs"]["width"] == 640
+
+    @pytest.mark.parametrize(
+        ("modifier", "modifications", "nearest"),
+        [
+            ("RawWorkflw", {}, "'RawWorkflw' (did you mean RawWorkflow?); there is: Image2Image, "),
+            ("Text2Image", {"promt": "x"}, "unknown 'promt' (did you mean prompt"),
+            (
+                "RawWorkflow",
+                {"STPES": 1},
+                "'STPES' fits nothing in the workflow (did you mean steps",
+            ),
+            ("RawWorkflow", {"3.sed": 1}, "(did you mean 3.seed"),
+            ("RawWorkflow", {"promt": 1}, "(did you mean prompt"),
+            ("switches", {"Steps fast": 1}, "(did you mean steps (fast)"),
+            ("dynamic_inputs", {"bitdepth": 1}, "(did you mean bit_depth"),
+        ],
+    )
+    def test_a_misspelt_name_is_answered_with_the_nearest_first(
+        self, modifier: str, modifications: dict[str, Any], nearest: str, tmp_path: pathlib.Path
+    ) -> None:
+        for name, make in GRAPHS.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(make()))
+        with pytest.raises(modifiers.InvalidModification) as refused:
+            context = Alone("a checkpoint", workflows_dir=str(tmp_path))
+            modifiers.build(modifier, modifications, context)
+        assert nearest in str(refused.value)
+
+    def test_a_message_lists_some_of_what_can_be_set_and_the_details_all(self) -> None:
+        graph = {"1": node("Any", **{f"input_{number}": number for number in range(100)})}
+        with pytest.raises(modifiers.InvalidModification) as refused:
+            modifiers.fill(graph, {"nothing": 1})
+        assert str(refused.value).endswith("1.input_14 (Any: 14) and 85 more")
+        assert len(refused.value.details["settable"]) == 100
+
+    @pytest.mark.parametrize(("seed", "made"), [(None, RANDOM_INT), (-1, RANDOM_INT), (0, 0)])
+    def test_a_seed_of_null_or_minus_one_is_a_random_one(self, seed: int | None, made: Any) -> None:
+        for modifier, more in {"Text2Image": {}, "Image2Image": {"input_image": "a.png"}}.items():
+            asked = {"prompt": "x", "seed": seed, **more}
+            graph = modifiers.build(modifier, asked, Alone("a checkpoint"))
+            assert graph["3"]["inputs"]["seed"] == made
+
+    @slow
+    def test_a_huge_workflow_and_a_huge_name_take_seconds_not_minutes(self) -> None:
+        count = 10_000
+        graph = {
+            str(number): node("ComfySwitchNode", switch=True, on_true=[str(number + 1), 0])
+            for number in range(count)
+        }
+        graph[str(count)] = node("PrimitiveInt", value=5)
+        graph["loop"] = titled("Loop", "Any", value=["loop", 0])
+        graph["star"] = node("Any", **{f"text{number}": ["star", 0] for number in range(count)})
+        graph["sampler"] = node("KSampler", seed=["0", 0], positive=["star", 0], cfg=["loop", 0])
+        started = time.monotonic()
+        assert modifiers.fill(graph, {"seed": 7})[str(count)]["inputs"]["value"] == 7
+        for name in ("prompt", "cfg", "." * (1 << 24), "x" * (1 << 24)):
+            with pytest.raises(modifiers.InvalidModification) as refused:
+                modifiers.fill(graph, {name: 7})
+            assert len(str(refused.value)) < 4000
+        assert time.monotonic() - started < 60, "it takes the square of what it should"
 
     def test_a_placeholder_is_not_lost_to_another_modification(self) -> None:
         graph = text2image()
@@ -5468,7 +5679,7 @@ class TestModifiers:
         if result is None:
             with pytest.raises(
                 modifiers.InvalidModification,
-                match=r"has to be|is linked to another node, or holds no",
+                match=r"has to be|comes from node|holds no single value",
             ):
                 modifiers.fill(graph, {name: value})
         else:
@@ -5505,7 +5716,7 @@ class TestModifiers:
         graph = text2image()
         assert modifiers.fill(graph, {"seed": 5, "3.seed": 5})["3"]["inputs"]["seed"] == 5
         with pytest.raises(
-            modifiers.InvalidModification, match=r"3\.seed sets an input that another"
+            modifiers.InvalidModification, match=r"^seed sets an input that another"
         ):
             modifiers.fill(graph, {"seed": 5, "3.seed": 6})
 
@@ -8079,12 +8290,98 @@ def regions() -> dict[str, Any]:
     return graph
 
 
+def dynamic_inputs() -> dict[str, Any]:
+    """Inputs that ComfyUI shows only for some choices of another, as ComfyUI 0.33 has them."""
+    resize = {"width": 1280, "height": 720, "crop": "center"}
+    model = {"prompt": "a fox runs", "seed": 7, "crop": "none"}
+    return {
+        "1": node("LoadImage", image="fox.png"),
+        "12:5": node(
+            "ResizeImageMaskNode",
+            input=["1", 0],
+            resize_type="scale dimensions",
+            **{f"resize_type.{name}": value for name, value in resize.items()},
+            scale_method="area",
+        ),
+        "3": node(
+            "VideoOfPartner",
+            model="Fast",
+            **{f"model.{name}": value for name, value in model.items()},
+            negative_prompt="static",
+            image=["12:5", 0],
+        ),
+        "6": node("RandomNoise", noise_seed=3),
+        "7.1": node("Any", **{"a.b": 5}),
+        "2": node(
+            "SaveVideo",
+            video=["3", 0],
+            filename_prefix="video/fox",
+            format="mp4",
+            **{"format.codec": "h264", "format.bit_depth": 8},
+        ),
+    }
+
+
+def titled(title: str, class_type: str, **inputs: Any) -> dict[str, Any]:
+    return {**node(class_type, **inputs), "_meta": {"title": title}}
+
+
+def switches() -> dict[str, Any]:
+    """Values that come through switches and arithmetic, each kind of switch once."""
+    computed = {"steps": ["12", 0], "cfg": ["42", 0], "seed": ["52", 0], "denoise": ["61", 0]}
+    graph = {
+        **text2image(),
+        "9": titled("Fast?", "PrimitiveBoolean", value=False),
+        "10": titled("Steps", "PrimitiveInt", value=50),
+        "11": titled("Steps (fast)", "PrimitiveInt", value=4),
+        "12": node("ComfySwitchNode", switch=["9", 0], on_false=["10", 0], on_true=["11", 0]),
+        "13": titled("Fast!", "Any", on=["9", 0]),
+        "20": titled("Width", "PrimitiveInt", value=1280),
+        "21": node("ComfyMathExpression", expression="a/2", **{"values.a": ["20", 0]}),
+        "22": titled("Tall", "PrimitiveInt", value=720),
+        "23": node("ComfyMathExpression", expression="a/2", **{"values.a": ["22", 0]}),
+        "24": node("ImageScale", width=64, height=64, image=["8", 0], crop="disabled"),
+        "30": node("ComfySwitchNode", switch=True, on_false=["32", 0], on_true=["33", 0]),
+        "31": node("PrimitiveStringMultiline", value="a cat"),
+        "32": node("TextGenerate", prompt="another"),
+        "33": node("PreviewAny", source=["31", 0]),
+        "40": node("PrimitiveFloat", value=1.0),
+        "41": node("PrimitiveFloat", value=7.5),
+        "42": node("ImpactSwitch", select=2, sel_mode=True, input1=["40", 0], input2=["41", 0]),
+        "50": node("PrimitiveInt", value=5),
+        "51": node("PrimitiveInt", value=6),
+        "52": node("easy anythingIndexSwitch", index=0, value0=["50", 0], value1=["51", 0]),
+        "60": node("If ANY return A else B", IF_TRUE=["62", 0], IF_FALSE=["40", 0], boolean=True),
+        "61": node("Any Switch (rgthree)", any_02=["60", 0]),
+        "62": node("FloatConstant", value=0.6),
+        "63": node("PrimitiveString", value="karras"),
+    }
+    graph["3"]["inputs"] |= {**computed, "scheduler": ["63", 0]}
+    graph["5"]["inputs"] |= {"width": ["21", 0], "height": ["23", 0]}
+    graph["6"]["inputs"]["text"] = ["30", 0]
+    return graph
+
+
+def template() -> dict[str, Any]:
+    """A text with a place for the prompt, neither of which is all of what the sampler gets."""
+    graph = {
+        **text2image(),
+        "30": node("StringReplace", string="a photo of X", find="X", replace=["31", 0]),
+        "31": node("PrimitiveString", value="a cat"),
+        "32": node("Named", conditioning_name="empty"),
+        "33": node("ConditioningConcat", conditioning_to=["6", 0], conditioning_from=["32", 0]),
+    }
+    graph["6"]["inputs"]["text"] = ["30", 0]
+    graph["3"]["inputs"]["positive"] = ["33", 0]
+    return graph
+
+
 GRAPHS: dict[str, Callable[[], dict[str, Any]]] = {
     each.__name__: each
     for each in (
         text2image, sdxl_with_refiner, sd3, flux, image2image, inpainting, controlnet, lora_chain,
         upscale, wan_text2video, wan_image2video, two_samplers, qwen_edit, kontext, omnigen2,
-        ltx_video, regions,
+        ltx_video, regions, dynamic_inputs, switches, template,
     )
 }  # fmt: skip
 
