@@ -276,7 +276,7 @@ def _placeholders(graph: Graph, replaced: Container[Target] = ()) -> set[str]:
 # A switch has an input that tells which of the others it passes on. It does so by the end of their
 # names: "true" in on_true, or a number.
 SELECTOR = re.compile(r"(?i)switch|select|index|boolean|condition|input")
-BRANCH = re.compile(r"\D*(true|false|\d+)")
+BRANCH = re.compile(r"(?:true|false|(?<!\d)\d+)$")
 
 
 def _source(graph: Graph, target: InputTarget) -> str | None:

@@ -415,6 +415,16 @@ MAX_UNKNOWN_FIELDS = 20  # that are warned of
 EVENT_STREAM = "text/event-stream"
 JSON = "application/json"
 OCTET_STREAM = "application/octet-stream"
+SAME_TYPES = {  # what some say -> what most systems' tables of types have
+    "image/jpg": "image/jpeg",
+    "audio/wav": "audio/x-wav",
+    "audio/wave": "audio/x-wav",
+    "audio/vnd.wave": "audio/x-wav",
+    "audio/mp3": "audio/mpeg",
+    "audio/flac": "audio/x-flac",
+    "audio/m4a": "audio/mp4",
+    "audio/x-m4a": "audio/mp4",
+}
 TIMINGS = ("queue_ms", "preprocess_ms", "generation_ms", "postprocess_ms")
 
 
@@ -524,9 +534,9 @@ def read_accept(value: Any) -> str:
         media_range = each.partition(";")[0].strip()
         if media_range in ("*/*", JSON):
             break
-        is_media = re.fullmatch(r"(image|video|audio)/[\w.+*-]+", media_range)
-        if is_media or media_range in (EVENT_STREAM, OCTET_STREAM):
-            return str(media_range)
+        is_media = re.fullmatch(r"(image|video|audio|model|text)/[\w.+*-]+", media_range)
+        if is_media or media_range == OCTET_STREAM:
+            return str(SAME_TYPES.get(media_range, media_range))
     return JSON
 
 
@@ -550,6 +560,8 @@ class Request:
     output_quality: int = _field(number_reader(1, 100, int), default=90)
     accept: str = _field(read_accept, default=JSON)  # the media range to answer with
     prefer: str = _field(read_text, default="")
+    extra_pnginfo: JsonObject = _field(read_object, default_factory=dict)
+    previews: bool = _field(read_flag, default=False)  # in an event stream
     extra_params: JsonObject = field(default_factory=dict)  # of the webhook
     settings: Settings = field(default_factory=Settings)  # the operator's, under the request's own
     overridden: frozenset[str] = frozenset()  # the names of settings that the request changed
@@ -652,6 +664,11 @@ class Job:
     def settings(self) -> Settings:
         """The operator's settings, under those of the request."""
         return self.request.settings
+
+    @property
+    def wants_previews(self) -> bool:
+        """Whether somebody listens to what the sampler shows of the picture as it grows."""
+        return self.request.previews and self.on_event is not None
 
     @property
     def files(self) -> list[Output]:
@@ -810,12 +827,17 @@ def _check_webhook(job: Job) -> None:
 
 def seeds(graph: Graph) -> dict[str, int]:
     """Each node's literal seed, as it is run, by node id."""
-    found = {}
+    found: dict[str, int] = {}
     for node_id, node in graph.items():
-        seed = node["inputs"].get("seed", node["inputs"].get("noise_seed"))
-        if isinstance(seed, int):
-            found[node_id] = seed
+        for name, value in node["inputs"].items():
+            if is_seed(name) and isinstance(value, int):
+                found.setdefault(node_id, value)
     return found
+
+
+def is_seed(input_name: str) -> bool:
+    """Whether the input is a seed, maybe one within a dynamic input, such as "model.seed"."""
+    return input_name.rpartition(".")[2] in ("seed", "noise_seed")
 
 
 # Addresses and inputs #############################################################################
@@ -838,6 +860,8 @@ MAGIC = re.compile(
     rb"|(?P<glb>glTF)",
     re.DOTALL,
 )
+# How the netpbm formats, pictures as text, do not begin.
+TEXT = re.compile(rb"(?!P[1-6]\s)[\t\n\r -~]+")
 V6_PUBLIC = ip_network("2000::/3")  # all that IANA has given out
 V4_IN_V6 = [ip_network(each) for each in ("::ffff:0:0/96", "64:ff9b::/96")]
 # Ranges that are not for everyone, although ipaddress calls them global.
@@ -1059,8 +1083,30 @@ def open_source(source: str, is_public_only: bool) -> Iterator[Any]:
     raise ValueError("it redirects too often")
 
 
-def download(job: Job, source: str) -> tuple[BinaryIO, str]:
+def check_source(where: str, choice: str, value: str) -> None:
+    """400 for a text that is long, or looks like a URL, in an input that takes no such thing.
+
+    choice: what the input chooses, see `ComfyUIApi.choice_of`.
+    """
+    is_source = FILE_SOURCE.match(value)
+    if choice == "model" and is_source:
+        raise bad_request(
+            f"{where} is {show(value)}: models are installed in ComfyUI's models folder, not sent",
+            "input_unavailable",
+        )
+    # ComfyUI would hold up everybody for half a minute to refuse 5 MB.
+    if choice != "model" and not is_source:
+        raise bad_request(
+            f"{where} has {len(value)} characters, which is no file's name; put"
+            " data:image/png;base64, (or the like) in front of base64",
+            "input_unavailable",
+        )
+
+
+def download(job: Job, source: str, choice: str) -> tuple[BinaryIO, str]:
     """The file behind the source, on disk, and a name for it: its SHA-256 and an extension.
+
+    choice: what it is to be, an 'image', a 'video', an 'audio' or any 'file'.
 
     Raises JobError: input_unavailable, also above MAX_INPUT_BYTES, internal_error where the disk
     is full, or the error of `job.abort`.
@@ -1075,14 +1121,17 @@ def download(job: Job, source: str) -> tuple[BinaryIO, str]:
             mimetype = opened.headers.get_content_type()
         if not file.tell():
             raise ValueError("it is empty")
-        if mimetype == "text/html":
-            raise ValueError("it is a web page, and no file")
+        file.seek(0)
+        head = file.read(MAX_QUOTE)
+        # ComfyUI 0.33 would take a text for a video of one, and 1 MB of it for all its memory.
+        is_text = TEXT.fullmatch(head) and not MAGIC.match(head)
+        if mimetype == "text/html" or (choice != "file" and is_text):
+            raise ValueError(f"it is no {choice}, but text: {show(head.decode(errors='replace'))}")
     except (*CONNECTION_LOST, ValueError) as error:
         raise bad_request(
             f"the input {shown} cannot be had: {error}", "input_unavailable"
         ) from None
-    file.seek(0)
-    return file, digest + _extension(file.read(16), mimetype, shown)
+    return file, digest + _extension(head, mimetype, shown)
 
 
 @contextmanager
@@ -1126,11 +1175,21 @@ def _extension(head: bytes, mimetype: str, url: str) -> str:
 
 # What names a file to ComfyUI, and what it stands for where it is left out.
 FILE_DEFAULTS = {"filename": "", "subfolder": "", "type": "output"}
+# How a bare text in the history ends that may be a file's name.
+MEDIA_EXTENSIONS = frozenset(
+    """.png .jpg .jpeg .webp .gif .avif .exr .tif .tiff .svg .mp4 .webm .mkv .mov .wav .mp3 .flac
+    .opus .ogg .m4a .glb .gltf .obj .fbx .stl .ply .splat .ksplat .spz .usdz .3mf .zip .latent
+    .safetensors""".split()
+)
 HINTS = {  # by the type of ComfyUI's refusal
     "prompt_no_outputs": "; add an output node that saves, such as SaveImage, and connect it",
-    "invalid_prompt": "; check the spelling, or install the custom nodes that bring it",
 }
-MAX_LISTED_ERRORS = 5
+# Nodes that the editor resolves; its API export has none of them.
+EDITOR_ONLY = ("Reroute", "Note", "MarkdownNote", "PrimitiveNode", "GetNode", "SetNode")
+OUT_OF_MEMORY = re.compile(
+    r"(?i)OutOfMemory|out of memory|allocate memory|allocation on device|_ALLOC_FAILED"
+)
+MAX_LISTED_ERRORS = 20
 MAX_LISTED_CHOICES = 50
 # The root of an absolute path: POSIX, Windows, its network, or as a URL.
 _ROOT = r"(?:/(?!/)|file:|[A-Za-z]:(?=[\\/])|\\\\)"
@@ -1187,10 +1246,20 @@ def unusable_answer(what: str) -> JobError:
 Choices = Callable[[str, str], list[str]]  # what there is to choose for a class' input, by its name
 
 
-def rejection(answer: JsonObject, graph: Graph, choices: Choices) -> JobError:
-    """The error of a workflow that POST /prompt refuses with this answer, scrubbed."""
+def rejection(
+    answer: JsonObject, graph: Graph, choices: Choices, find_missing: Callable[[Graph], Graph]
+) -> JobError:
+    """The error of a workflow that POST /prompt refuses with this answer, scrubbed.
+
+    find_missing: returns the nodes whose class ComfyUI has not.
+    """
     error, node_errors = answer["error"], answer.get("node_errors") or {}
     reason = describe_node_errors(node_errors, graph, choices)
+    details = {}
+    if error["type"] in ("missing_node_type", "invalid_prompt") and not reason:
+        missing = {each: node["class_type"] for each, node in find_missing(graph).items()}
+        reason = describe_missing(missing)
+        details["missing_nodes"] = missing
     if not reason:
         reason = f"{error['message']} {error.get('details', '')}".strip()
         reason += HINTS.get(error["type"], "")
@@ -1199,7 +1268,25 @@ def rejection(answer: JsonObject, graph: Graph, choices: Choices) -> JobError:
         "workflow_rejected",
         f"ComfyUI refuses the workflow: {reason}",
         node_errors=node_errors,
+        **details,
     )
+
+
+def describe_missing(missing: Mapping[str, str]) -> str:
+    """What to do about nodes, {id: class}, whose class ComfyUI has not; empty where none is."""
+    described = []
+    for is_known, advice in (
+        (False, "not installed: check the spelling, or install the custom nodes that bring it"),
+        (True, "only in the editor: send what Workflow > Export (API) makes, which has none"),
+    ):
+        names = [
+            f"{class_type} (node {node_id})"
+            for node_id, class_type in missing.items()
+            if (class_type in EDITOR_ONLY) == is_known
+        ]
+        if names:
+            described.append(f"{', '.join(names[:MAX_LISTED_ERRORS])} is {advice}")
+    return "; ".join(described)
 
 
 def describe_node_errors(node_errors: JsonObject, graph: Graph, choices: Choices) -> str:
@@ -1219,19 +1306,25 @@ def describe_node_errors(node_errors: JsonObject, graph: Graph, choices: Choices
 
 
 def _describe_node_error(class_type: str, error: JsonObject, graph: Graph, choices: Choices) -> str:
-    details = str(error.get("details", ""))
-    if error["type"] == "value_not_in_list":
+    details, kind = str(error.get("details", "")), error["type"]
+    name = str((error.get("extra_info") or {}).get("input_name", ""))
+    if kind == "value_not_in_list":
         try:
             return _describe_missing_choice(class_type, error["extra_info"], choices)
         except JobError:
             pass  # ComfyUI's own words, which leave longer lists out, have to do
     if re.search(r"Invalid \w+ file", details):
         where = "it has to lie in ComfyUI's input folder; or give its URL, http(s):// or data:"
-        return f"{details:.200} ({where})"
-    is_link_error = error["type"].startswith("exception_during") and details.startswith("'")
-    if is_link_error and details.strip("'") not in graph:
+        return f"{cut(details, 500)} ({where})"
+    linked = details.strip("'")
+    if kind.startswith("exception_during") and " " not in details and linked not in graph:
         return f"it is linked to node {details}, which is not in the workflow"
-    return f"{error['message']}: {details:.500}".rstrip(": ")
+    if kind.startswith("exception_during") and details == linked:
+        return f"a link to node {linked} has to have its id in quotes"
+    words = f"{error['message']}: {cut(details, 500)}".rstrip(": ")
+    if kind == "value_smaller_than_min" and is_seed(name):
+        words += f'; for a random one, send "{RANDOM_INT}"'
+    return words
 
 
 def _describe_missing_choice(class_type: str, extra: JsonObject, choices: Choices) -> str:
@@ -1264,10 +1357,11 @@ def raise_if_failed(history: JsonObject, graph: Graph) -> None:
     names = ("node_id", "node_type", "exception_type", "exception_message")
     own = own_words(graph)
     details = {name: scrub(cut(str(error.get(name, ""))).strip(), own) for name in names}
-    message = (
-        f"{details['node_type']} (node {details['node_id']}) failed: {details['exception_message']}"
-    )
-    if "OutOfMemory" in details["exception_type"] or "out of memory" in message.lower():
+    words = details["exception_message"]
+    if not re.search(r"\s", words):  # an exception without words, or only with a name in it
+        words = f"{details['exception_type']} {words}".strip()
+    message = f"{details['node_type']} (node {details['node_id']}) failed: {words}"
+    if OUT_OF_MEMORY.search(f"{details['exception_type']} {message}"):
         message += "; use a smaller picture, batch or model"
         raise JobError(500, "out_of_memory", message, **details)
     raise JobError(500, "execution_failed", message, **details)
@@ -1284,37 +1378,70 @@ def may_be_stale(history: JsonObject) -> bool:
 
 def is_still_image(output: Output, history: JsonObject) -> bool:
     """Whether ComfyUI can convert the file as a whole: of an animation it takes the first frame."""
-    animated = history["outputs"][output["node_id"]].get("animated")
-    is_animated = animated is True or (isinstance(animated, list) and True in animated)
     extension = os.path.splitext(output["filename"])[1].lower()
     is_image = extension in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-    return output["output_type"] == "images" and is_image and not is_animated
+    animated = [
+        item.get("filename")
+        for made in history["outputs"].values()
+        if True in _as_list(made.get("animated"))
+        for item in _as_list(made.get("images"))
+    ]
+    return output["output_type"] == "images" and is_image and output["filename"] not in animated
 
 
 @bad_answer_as_502()
 def read_outputs(history: JsonObject, graph: Graph) -> list[Output]:
-    """Every file and text of a history entry, in the graph's order of nodes.
+    """Every file and value of a history entry, in the graph's order of nodes.
 
-    Nodes that others expand into, which are not in the graph, come last.
+    A node that others expand into stands for what these have made. A string that may be a file's
+    name, as the 3D nodes give it, has both "filename" and "value".
     """
-    nodes: JsonObject = history.get("outputs") or {}
-    order = [node_id for node_id in graph if node_id in nodes] + sorted(nodes.keys() - graph.keys())
+    about = history.get("meta") or {}
+    order = {node_id: place for place, node_id in enumerate(graph)}
+    made = []
+    for node_id, each in (history.get("outputs") or {}).items():
+        shown = str(about.get(node_id, {}).get("display_node", node_id))
+        made.append((order.get(shown, len(order)), shown, node_id, each))
     outputs = []
-    for node_id in order:
-        for output_type, items in nodes[node_id].items():
-            outputs += _read_items(items, {"node_id": node_id, "output_type": output_type})
+    for _, shown, _, each in sorted(made, key=itemgetter(0, 1, 2)):
+        for output_type, items in each.items():
+            outputs += _read_items(_as_list(items), {"node_id": shown, "output_type": output_type})
     return outputs
 
 
-def _read_items(items: Any, origin: dict[str, str]) -> list[Output]:
-    if origin["output_type"] == "text":
-        return [{**origin, "value": items}]
-    found = []
-    for item in items if isinstance(items, list) else []:
-        if isinstance(item, dict) and item.get("filename"):  # the rest are flags
-            file = {name: str(item.get(name) or default) for name, default in FILE_DEFAULTS.items()}
-            found.append(file | origin)
-    return found
+def _as_list(items: Any) -> list[Any]:
+    return items if isinstance(items, list) else [items]
+
+
+def _read_items(items: list[Any], origin: dict[str, str]) -> list[Output]:
+    found, values = [], []
+    for item in items:
+        if isinstance(item, dict) and item.get("filename"):
+            found.append(_read_file(item) | origin)
+        elif isinstance(item, str) and origin["output_type"] != "text" and _may_be_file(item):
+            found.append(_read_file({"filename": item}) | origin | {"value": [item]})
+        elif item is not None and item != [] and not isinstance(item, bool):  # these are flags
+            values.append(item)
+    return [*found, {**origin, "value": values}] if values else found
+
+
+def _may_be_file(text: str) -> bool:
+    return len(text) < MAX_QUOTE and os.path.splitext(text)[1].lower() in MEDIA_EXTENSIONS
+
+
+def _read_file(item: JsonObject) -> Output:
+    file = {name: str(item.get(name) or default) for name, default in FILE_DEFAULTS.items()}
+    name, _, kind = file["filename"].rpartition(" [")
+    if kind in ("output]", "input]", "temp]"):  # a name that LoadImage would take
+        file["filename"], file["type"] = name, kind[:-1]
+    # Some give the whole path, and some a part of it with the name.
+    path = os.path.join(file["subfolder"], file["filename"]).replace("\\", "/")
+    if os.path.isabs(path):
+        path = path.rpartition(f"/{file['type']}/")[2]
+    file["subfolder"], _, file["filename"] = path.rpartition("/")
+    if isinstance(item.get("metadata"), dict):  # of an asset: width, height, duration, fps
+        file["metadata"] = scrub(item["metadata"])
+    return file
 
 
 # ComfyUI: whether it is in order ##################################################################
@@ -1404,6 +1531,11 @@ class Health:
 PROBE_SECONDS = 0.8  # below the one second that Kubernetes grants a probe
 PROBE_EVERY_SECONDS = 1
 VIEW_TRIES = 2
+MAX_ASKED_CLASSES = 200  # of one workflow
+UPLOADS = ("image", "video", "audio", "file")  # what inputs take, as /object_info marks them
+MODEL_EXTENSIONS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx")
+# What inputs for a model are called, of which none is installed.
+MODEL_INPUT = re.compile(r"name|model|lora|vae|ckpt|clip|unet|config")
 # Names of files that ComfyUI makes, and whose /view answers with 400 or not at all.
 NOT_GIVEN = re.compile(r"\.\.|[\x00-\x1f\x7f\ud800-\udfff]")
 LOOK_UP_SECONDS = 1  # between questions to a ComfyUI that tells nothing by itself
@@ -1514,6 +1646,9 @@ class ComfyUIApi:
     def cancel_prompt(self, prompt_id: str) -> None:
         """Takes the prompt out of ComfyUI's queue, or off the GPU."""
         timeout = self.settings.comfyui_silence_timeout
+        # Where ComfyUI has it, this does the right thing in one step.
+        if self.exchange(f"/api/jobs/{prompt_id}/cancel", {}, timeout)[0] == 200:
+            return
         self.exchange("/queue", {"delete": [prompt_id]}, timeout)
         # Versions before the targeted interrupt stop whoever runs: ours has to be the one.
         if not self.find_history(prompt_id) and self.is_queued(prompt_id):
@@ -1532,6 +1667,9 @@ class ComfyUIApi:
         comfyui_error where ComfyUI does not give it.
         """
         with ExitStack() as stack:
+            if os.path.isabs(output["subfolder"]):
+                output["subfolder"] = ""  # no path leaves the machine
+                raise not_given(output, "it lies outside of ComfyUI's folders")
             if NOT_GIVEN.search(output["filename"]):
                 file = stack.enter_context(_open_local(output))
                 output["mimetype"] = mimetypes.guess_type(output["filename"])[0] or OCTET_STREAM
@@ -1547,6 +1685,14 @@ class ComfyUIApi:
             output["size"] = response.length
             yield response
 
+    def has_file(self, output: Output) -> bool:
+        """Whether ComfyUI has the file."""
+        try:
+            with self.view(output):
+                return True
+        except JobError:
+            return False
+
     def _request_view(self, stack: ExitStack, output: Output, conversion: str) -> HTTPResponse:
         query = {name: output[name] for name in FILE_DEFAULTS}
         if conversion:
@@ -1555,7 +1701,10 @@ class ComfyUIApi:
         trouble: Exception | None = None
         for _ in range(VIEW_TRIES):
             try:
-                return stack.enter_context(http_exchange(url, pool=self._pool))
+                return stack.enter_context(
+                    # An SVG is given as one only to those who say that they show it as a picture.
+                    http_exchange(url, headers={"Sec-Fetch-Dest": "image"}, pool=self._pool)
+                )
             except CONNECTION_LOST as error:
                 trouble = error
                 self.ask_stats()  # raises CONNECTION_LOST itself where all of ComfyUI is away
@@ -1581,8 +1730,10 @@ class ComfyUIApi:
             }
             body, url = _multipart_pieces(head, file, tail), f"{self.url}/upload/image"
             with http_exchange(url, HTTP_SECONDS, body, headers, self._pool) as answer:
-                if answer.status != 413:
+                if answer.status == 200:
                     return str(json.load(answer)["name"])
+                if answer.status != 413:
+                    raise unusable_answer(f"POST /upload/image with {answer.status}")
         raise bad_request(
             f"an input file of {size} bytes is more than ComfyUI takes;"
             " start it with a larger --max-upload-size",
@@ -1590,16 +1741,35 @@ class ComfyUIApi:
         )
 
     @bad_answer_as_502()
-    def is_file_choice(self, class_type: str, name: str) -> bool:
-        """Whether the input is a choice that a file in ComfyUI's input folder may be."""
+    def choice_of(self, class_type: str, name: str) -> str:
+        """What a text in this input chooses, as far as it is known, or "".
+
+        An 'image', a 'video', an 'audio' or another 'file' in ComfyUI's input folder, or a 'model'.
+        """
         inputs = self._inputs.get(class_type)
         if inputs is None:
             self._inputs[class_type] = inputs = self._ask_inputs(class_type)
-        kind, *more = inputs.get(name) or [None]
-        options = more[0] if more and isinstance(more[0], dict) else {}
-        is_upload = any(each.endswith("_upload") for each in options)
-        is_choice = isinstance(kind, list) or kind == "COMBO" or is_upload
-        return is_choice and options.get("image_folder") != "output"
+        kind, options = find_input(inputs, name)
+        for each in UPLOADS:
+            if options.get(f"{each}_upload"):
+                return each if options.get("image_folder", "input") == "input" else ""
+        if not isinstance(kind, list) and kind != "COMBO":
+            return ""
+        offered = [str(each) for each in _offered(kind, options)]
+        if any(each.endswith(MODEL_EXTENSIONS) for each in offered):
+            return "model"
+        if not offered:
+            return "model" if MODEL_INPUT.search(name) else "file"
+        return "file" if all(re.search(r"\.\w{2,12}$", each) for each in offered) else ""
+
+    def missing_nodes(self, graph: Graph) -> Graph:
+        """The nodes whose class ComfyUI has not."""
+        known: dict[str, bool] = {}
+        for class_type in {node["class_type"] for node in graph.values()}:
+            if len(known) < MAX_ASKED_CLASSES:
+                path = f"/object_info/{quote(class_type, safe='')}"
+                known[class_type] = class_type in (self.exchange(path)[1] or {})
+        return {key: node for key, node in graph.items() if not known.get(node["class_type"], True)}
 
     def reset(self) -> None:
         """Forgets connections and classes: the next ComfyUI may be another."""
@@ -1609,9 +1779,7 @@ class ComfyUIApi:
     @bad_answer_as_502()
     def choices(self, class_type: str, name: str) -> list[str]:
         """What ComfyUI offers for an input of a node; comfyui_unavailable where it is away."""
-        # [[choice, …], {…}] or, as newer nodes have it, ["COMBO", {"options": [choice, …]}]
-        kind, *more = self._ask_inputs(class_type)[name]
-        return [str(each) for each in (kind if isinstance(kind, list) else more[0]["options"])]
+        return [str(each) for each in _offered(*find_input(self._ask_inputs(class_type), name))]
 
     @bad_answer_as_502()
     def _ask_inputs(self, class_type: str) -> JsonObject:
@@ -1623,10 +1791,41 @@ class ComfyUIApi:
             raise JobError(
                 422,
                 "workflow_rejected",
-                f"ComfyUI has no node {class_type}{HINTS['invalid_prompt']}",
+                f"ComfyUI has no node {class_type}: check the spelling, or install what brings it",
             )
-        inputs = classes[class_type]["input"]
-        return {**inputs.get("required", {}), **inputs.get("optional", {})}
+        return _all_inputs(classes[class_type]["input"])
+
+
+def _all_inputs(declared: JsonObject) -> JsonObject:
+    return {**declared.get("required", {}), **declared.get("optional", {})}
+
+
+def find_input(inputs: JsonObject, name: str) -> tuple[Any, JsonObject]:
+    """The type and the options of an input as /object_info declares it; (None, {}) if it does not.
+
+    A name with a dot, such as "format.bit_depth", is an input within a dynamic one: of one of its
+    choices, or the one that it has any number of.
+    """
+    if name in inputs:
+        kind, *more = inputs[name]
+        return kind, more[0] if more and isinstance(more[0], dict) else {}
+    front, _, rest = name.partition(".")
+    kind, options = find_input(inputs, front) if rest else (None, {})
+    if kind == "COMFY_AUTOGROW_V3":
+        grown = _all_inputs(options["template"]["input"])
+        return find_input(grown, next(iter(grown)))
+    if kind == "COMFY_DYNAMICCOMBO_V3":
+        for option in options["options"]:
+            found = find_input(_all_inputs(option["inputs"]), rest)
+            if found[0]:
+                return found
+    return None, {}
+
+
+def _offered(kind: Any, options: JsonObject) -> list[Any]:
+    # [[choice, …], {…}] or, as newer nodes have it, ["COMBO", {"options": [choice, …]}]
+    offered = kind if isinstance(kind, list) else options.get("options", [])
+    return [each["key"] if isinstance(each, dict) else each for each in offered]
 
 
 def _open_local(output: Output) -> BinaryIO:
@@ -1673,6 +1872,9 @@ def _multipart_pieces(head: bytes, file: BinaryIO, tail: bytes) -> Iterator[byte
 
 # ComfyUI: running a prompt ########################################################################
 
+PREVIEW_WITH_METADATA = 4  # a binary frame: the metadata's size and JSON, then the picture
+PREVIEW_SECONDS = 0.5
+FEATURES = {"type": "feature_flags", "data": {"supports_preview_metadata": True}}
 OLDEST_COMFYUI = (0, 3, 45)  # July 2025: the first one that lets the caller choose the prompt id
 RECONNECT_SECONDS = 0.5
 CANCEL_TRIES = 3
@@ -1698,6 +1900,7 @@ class PromptRunner:
         self._forwarded_at = 0.0
         self._last_error = ""
         self._has_given_up = False
+        self._next_preview_at = 0.0
         self._interrupted: set[str] = set()  # ids of prompts that ComfyUI has yet to let go of
 
     # The websocket
@@ -1715,8 +1918,10 @@ class PromptRunner:
     def _receive(self) -> None:
         with closing(self._connect()) as connection:
             for frame in iter(connection.recv, ""):
-                if isinstance(frame, str):  # bytes are a preview
+                if isinstance(frame, str):
                     self._on_frame(json.loads(frame))
+                else:
+                    self._on_binary_frame(frame)
         raise ConnectionError("ComfyUI closed the websocket")
 
     def _connect(self) -> websocket.WebSocket:
@@ -1734,6 +1939,7 @@ class PromptRunner:
             skip_utf8_validation=True,
             suppress_origin=True,
         )
+        connection.send(json.dumps(FEATURES))
         connection.recv()  # ComfyUI knows the client id once it has sent its first status
         connection.settimeout(None)
         fault = self._health.fault
@@ -1785,6 +1991,22 @@ class PromptRunner:
             if is_step or is_due or (job.on_event and kind == "execution_cached"):
                 self._forward(job, Notice(kind, data))
 
+    def _on_binary_frame(self, frame: bytes) -> None:
+        """Passes on a picture that grows, if it is one, twice a second at most."""
+        job = self._job
+        if not job or not job.wants_previews or monotonic() < self._next_preview_at:
+            return
+        with suppress(AttributeError, KeyError, ValueError):  # custom nodes send what they like
+            kind, size = int.from_bytes(frame[:4], "big"), int.from_bytes(frame[4:8], "big")
+            if kind != PREVIEW_WITH_METADATA:
+                return
+            about, picture = json.loads(frame[8 : 8 + size]), frame[8 + size :]
+            if about["prompt_id"] == job.prompt_id:
+                self._next_preview_at = monotonic() + PREVIEW_SECONDS
+                node_id, mimetype = about["display_node_id"], about["image_type"]
+                data = base64.b64encode(picture)
+                job.notify("preview", node_id=node_id, mimetype=mimetype, data=data)
+
     def _forward(self, job: Job | None, notice: Notice) -> None:
         if job:
             self._forwarded_at = monotonic()
@@ -1827,8 +2049,12 @@ class PromptRunner:
     def _submit(self, job: Job, client_id: str) -> bool:
         """Posts the prompt, and says whether its answer came: without it, nobody will be told."""
         prompt = {"prompt": job.workflow, "prompt_id": job.prompt_id, "client_id": client_id}
-        if job.settings.comfy_org_api_key:
-            prompt["extra_data"] = {"api_key_comfy_org": job.settings.comfy_org_api_key}
+        extra = {
+            "api_key_comfy_org": job.settings.comfy_org_api_key,
+            "extra_pnginfo": job.request.extra_pnginfo,
+            "preview_method": "auto" if job.wants_previews else "",
+        }
+        prompt["extra_data"] = {name: value for name, value in extra.items() if value}
         try:
             status, answer = self._api.exchange("/prompt", prompt)
         except CONNECTION_LOST:
@@ -1838,7 +2064,8 @@ class PromptRunner:
         with bad_answer_as_502():
             answer = scrub(answer, own_words(job.workflow))
             if status == 400:
-                raise rejection(answer, job.workflow, self._api.choices)
+                api = self._api
+                raise rejection(answer, job.workflow, api.choices, api.missing_nodes)
             if status != 200 or answer["prompt_id"] != job.prompt_id:
                 raise unusable_answer(f"POST /prompt with {status}")
             if errors := answer.get("node_errors"):
@@ -2079,6 +2306,11 @@ def deliver(job: Job, api: ComfyUIApi) -> None:
     output_missing, comfyui_error) is raised once all the others are delivered.
     """
     made = read_outputs(job.history, job.workflow)
+    for output in made:
+        if "filename" in output and "value" in output:
+            is_file = api.retry_while_away(job, partial(api.has_file, output))
+            for name in ["value"] if is_file else FILE_DEFAULTS:
+                del output[name]
     job.outputs = [output for output in made if output.get("type") != "temp"]
     if not job.outputs and failure_messages(job.history) is None:
         what = "only previews (type temp), which are not delivered" if made else "no outputs"
@@ -2162,6 +2394,25 @@ def delivered_name(output: Output, conversion: str) -> str:
     return f"{stem}.{conversion.partition(';')[0]}" if conversion else stem + extension
 
 
+MODEL_TYPES = {  # of 3D files, which few systems know
+    ".glb": "model/gltf-binary",
+    ".gltf": "model/gltf+json",
+    ".obj": "model/obj",
+    ".stl": "model/stl",
+    ".fbx": "model/vnd.fbx",
+    ".ply": "model/ply",
+    ".splat": "model/splat",
+    ".usdz": "model/vnd.usdz+zip",
+}
+
+
+def types_of(output: Output) -> list[str]:
+    """The media types that the file may be asked for by: what /view said, and its name says."""
+    extension = os.path.splitext(output["filename"])[1].lower()
+    guessed = MODEL_TYPES.get(extension) or mimetypes.guess_type(f"_{extension}")[0] or ""
+    return [SAME_TYPES.get(each, each) for each in (output["mimetype"], guessed)]
+
+
 def choose_answer_file(job: Job, api: ComfyUIApi) -> None:
     """Chooses the file whose bytes the client is to have.
 
@@ -2170,7 +2421,7 @@ def choose_answer_file(job: Job, api: ComfyUIApi) -> None:
     accept = job.request.accept
     for output in job.files:
         conversion = conversion_of(job, output)
-        is_fit = fnmatch.fnmatchcase(output["mimetype"], accept)
+        is_fit = any(fnmatch.fnmatchcase(each, accept) for each in types_of(output))
         if not is_fit and accept in ("image/webp", "image/jpeg"):
             is_fit = is_still_image(output, job.history)
             conversion = f"{accept.removeprefix('image/')};{job.request.output_quality}"
@@ -2752,33 +3003,27 @@ class Worker:
             for name, value in node["inputs"].items():
                 if not isinstance(value, str):
                     continue
-                is_source = FILE_SOURCE.match(value)
-                is_candidate = is_source or len(value) > MAX_FIELD
-                if not is_candidate or not self.api.is_file_choice(node["class_type"], name):
+                if not FILE_SOURCE.match(value) and len(value) <= MAX_FIELD:
                     continue
-                # ComfyUI would hold up everybody for half a minute to refuse 5 MB.
-                if not is_source:
-                    raise bad_request(
-                        f"{name} of {node['class_type']} (node {node_id}) has {len(value)}"
-                        " characters, which is no file's name; put data:image/png;base64, (or the"
-                        " like) in front of base64",
-                        "input_unavailable",
-                    )
-                found.append((node_id, name, value))
+                choice = self.api.choice_of(node["class_type"], name)
+                if choice:
+                    check_source(f"{name} of {node['class_type']} (node {node_id})", choice, value)
+                if choice and choice != "model":
+                    found.append((node_id, name, choice, value))
         if not found:  # as for most jobs: there is nothing to watch the client over
             return
-        sources = {source for *_, source in found}
+        sources = {source: choice for _, _, choice, source in found}
         with self._hang_ups.watch(job), ThreadPoolExecutor(PARALLEL_FILES) as pool:
             # The first error spares those not begun.
-            names = pool.map(partial(self._upload_input, job), sources)
+            names = pool.map(partial(self._upload_input, job), sources, sources.values())
             stored = dict(zip(sources, names, strict=True))
         job.workflow = dict(job.workflow)  # the request's own stays as it is
-        for node_id, name, source in found:
+        for node_id, name, _, source in found:
             node = job.workflow[node_id]
             job.workflow[node_id] = {**node, "inputs": {**node["inputs"], name: stored[source]}}
 
-    def _upload_input(self, job: Job, source: str) -> str:
-        file, name = download(job, source)
+    def _upload_input(self, job: Job, source: str, choice: str) -> str:
+        file, name = download(job, source, choice)
         try:
             with file:
                 return self.api.upload_input(file, name)
@@ -2983,7 +3228,7 @@ ROUTES = {
     "/health/live": GET_METHODS,
     "/metrics": GET_METHODS,
 }
-REPLACED_EVENTS = ("progress",)
+REPLACED_EVENTS = ("progress", "preview")
 STATUS_HEADERS = {
     202: {"Preference-Applied": "respond-async"},
     401: {"WWW-Authenticate": "Bearer"},
