@@ -305,7 +305,8 @@ def _passed_on(graph: Graph, node_id: str) -> list[str]:
         source = _source(graph, InputTarget(node_id, selector))
         linked = {} if source is None else graph[source]["inputs"]
         ending = json.dumps(linked.get("value", inputs[selector]))
-    return [name for name in inputs if BRANCH.sub(r"\1", name.casefold()) == ending]
+    branches = {name: BRANCH.search(name.casefold()) for name in inputs}
+    return [name for name, branch in branches.items() if branch and branch[0] == ending]
 
 
 def _follow_links(
