@@ -17,7 +17,8 @@
 
 Every test runs the worker as its users do: as a process, over HTTP. With COMFYUI_URL set the same
 tests run against that ComfyUI, which needs an SD 1.5 checkpoint, and its input folder in
-COMFYUI_INPUT; without it they start the stand-in below, which needs no GPU. S3 is SeaweedFS,
+COMFYUI_INPUT; without it they start the stand-in below, which needs no GPU, and those marked
+`every_version` run with each version of ComfyUI that it speaks as. S3 is SeaweedFS,
 webhooks go to a real HTTP server, and between worker and ComfyUI there is a `Tunnel` where a test
 has to cut the network.
 
@@ -26,6 +27,7 @@ Contents, each a chapter, the tests of one in a class:
     The stand-in for ComfyUI    nodes, validation, execution, HTTP and websocket
     What the tests stand on     processes, ports, the worker, Tunnel, S3, Receiver
     Workflows                   picture, text2image, everything, long_job
+    What ComfyUI says           TestWire: a real ComfyUI and the stand-in say the same
     Settings                    TestSettings: what an operator sets
     Requests                    TestRequest: what a request may say
     Inputs                      TestInputs: files from URLs, and which addresses are reached
@@ -179,7 +181,14 @@ CHOICES = {
     "image": ([], {"image_upload": True}),  # these lists follow the input folder
     "video": ("COMBO", {"multiselect": False, "options": [], "video_upload": True}),
     "latent": (LATENTS := [], {}),
-    "own": ("COMBO", {"image_upload": True, "image_folder": "output"}),
+    "own": (
+        "COMBO",
+        {
+            "image_upload": True,
+            "image_folder": "output",
+            "remote": {"route": "/internal/files/output", "refresh_button": True},
+        },
+    ),
     "model": combo("none", file_upload=True),
     "format": combo("auto", "mp4", default="auto"),
     "codec": combo("auto", "h264", default="auto"),
@@ -708,6 +717,9 @@ def files_of(kind: Any, options: dict[str, Any]) -> str:
     if options.get("file_upload"):
         return "model"
     return next((name for name in ("image", "video") if f"{name}_upload" in options), "")
+
+
+CATEGORIES = "required", "optional"
 
 
 class NodeClass:
@@ -1822,10 +1834,13 @@ class StandIn:
         names = sorted(path.name for path in self.folders["input"].iterdir() if path.is_file())
         kinds = {name: (mimetypes.guess_type(name)[0] or "").partition("/")[0] for name in names}
         kinds |= {name: "latent" for name in names if name.endswith(".latent")}
-        for inputs in (inputs for each in found.values() for inputs in each["input"].values()):
+        declared = [each["input"] for each in found.values()]
+        for inputs in (each.get(category, {}) for each in declared for category in CATEGORIES):
             for name, (kind, *options) in inputs.items():
                 wanted = files_of(kind, *options[:1] or [{}]) if kind != "STRING" else ""
                 listed = [name for name in names if kinds[name] == wanted]
+                if wanted and "remote" in options[0]:
+                    continue  # who asks is told where to ask for the choices
                 if wanted and kind == "COMBO":
                     start = ["none"] if wanted == "model" else []
                     inputs[name] = kind, {**options[0], "options": [*start, *listed]}
@@ -2031,6 +2046,7 @@ def stand_in_process(
     folder: pathlib.Path,
     step_seconds: float = 0.01,
     version: str = COMFYUI_VERSIONS[0],
+    assets: bool = False,
 ) -> Iterator[subprocess.Popen[bytes]]:
     options = {"--port": port, "--folder": folder, "--step-seconds": step_seconds}
     options["--comfyui-version"] = version
@@ -2039,6 +2055,7 @@ def stand_in_process(
         __file__,
         "comfyui",
         *(str(each) for option in options.items() for each in option),
+        *["--enable-assets"] * assets,
     )
     with process(*command, log=folder / "log") as running:
         wait_for("the stand-in is up", lambda: answers(f"http://127.0.0.1:{port}/system_stats"))
@@ -2394,6 +2411,311 @@ def in_line(worker: Worker, queued: int) -> bool:
 
 def running_prompts(comfyui_url: str) -> list[str]:
     return [item[1] for item in fetch(f"{comfyui_url}/queue").json["queue_running"]]
+
+
+# What ComfyUI says ################################################################################
+
+
+def prompted(comfyui_url: str, graph: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The history's entry of the graph, once ComfyUI has run it."""
+    prompt_id = fetch(f"{comfyui_url}/prompt", {"prompt": fill(graph), **more}).json["prompt_id"]
+    history = f"{comfyui_url}/history/{prompt_id}"
+    return wait_for("it has run", lambda: fetch(history).json, 120)[prompt_id]
+
+
+def messages(
+    comfyui_url: str, graph: dict[str, Any], *, told: dict[str, Any] | None = None, **more: Any
+) -> list[tuple[str | int, Any]]:
+    """What the websocket says of the graph: event and data, number and content of a preview.
+
+    `told` is what the client says beforehand.
+    """
+    client_id, said = str(uuid.uuid4()), []
+    socket = websocket.create_connection(f"ws{comfyui_url[4:]}/ws?clientId={client_id}", 60)
+    with contextlib.closing(socket):
+        if told:
+            socket.send(json.dumps(told))
+        time.sleep(0.1)  # that no answer is given to it says nobody
+        fetch(f"{comfyui_url}/prompt", {"prompt": fill(graph), "client_id": client_id, **more})
+        while True:
+            frame = socket.recv()
+            if isinstance(frame, bytes):
+                said.append((int.from_bytes(frame[:4], "big"), frame[4:]))
+                continue
+            message = json.loads(frame)
+            said.append((message["type"], message["data"]))
+            if message["type"] == "executing" and message["data"]["node"] is None:
+                return said
+
+
+SEES_METADATA = {"type": "feature_flags", "data": {"supports_preview_metadata": True}}
+SHAPES = [name for name in vars(Shapes) if name.islower() and name not in ("save", "exit")]
+# By file: what /view says it is to 0.3.64, to 0.33, and to a picture in a page.
+SHOWN_AS = {
+    "v_7.svg": ("image/svg+xml", "application/octet-stream", "image/svg+xml"),
+    "t_7.html": ("application/octet-stream",) * 3,
+    "t_7.json": ("application/json",) * 3,
+    "t_7.txt": ("text/plain",) * 3,
+}
+
+
+class Run:
+    """Stands for what a node is given of its run, to ask `Shapes` what it shows."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.server = self
+        self.folders = {kind: folder / kind for kind in ("output", "input", "temp")}
+
+    def heed_interrupt(self) -> None:
+        pass
+
+
+@pytest.fixture
+def odd_nodes(comfyui_url: str) -> None:
+    """Skips where a real ComfyUI has not got the node pack that `OddNodes` stands for."""
+    if not fetch(f"{comfyui_url}/object_info/Bug").json:
+        pytest.skip("this ComfyUI has no node of the name Bug")
+
+
+class TestWire:
+    """What the worker relies on in ComfyUI: with a real one, these tests check the stand-in."""
+
+    @every_version
+    def test_a_prompt_id_of_ones_own_is_a_uuid(
+        self, comfyui_url: str, comfyui_version: str
+    ) -> None:
+        own = str(uuid.uuid4())
+        prompt = {"prompt": {"1": node("PreviewAny", source="x")}}
+        assert fetch(f"{comfyui_url}/prompt", {**prompt, "prompt_id": own}).json["prompt_id"] == own
+        for other in ("mine", own.upper(), own.replace("-", "")):
+            answer = fetch(f"{comfyui_url}/prompt", {**prompt, "prompt_id": other})
+            if comfyui_version == "0.3.64":
+                assert answer.json["prompt_id"] == other
+            else:
+                assert (answer.status, answer.error["type"]) == (400, "invalid_prompt_id")
+
+    @every_version
+    def test_a_class_that_is_not_installed_is_named(
+        self, comfyui_url: str, comfyui_version: str
+    ) -> None:
+        lost = {**node("NoSuchNode"), "_meta": {"title": "Load My Checkpoint"}}
+        answer = fetch(f"{comfyui_url}/prompt", {"prompt": {**picture(), "7": lost}})
+        assert (answer.status, answer.error["details"]) == (400, "Node ID '#7'")
+        if comfyui_version == "0.3.64":
+            assert answer.error["type"] == "invalid_prompt"
+            assert answer.error["message"].endswith("node NoSuchNode does not exist.")
+            return
+        assert answer.error["type"] == "missing_node_type"
+        assert answer.error["message"].startswith("Node 'Load My Checkpoint' not found.")
+        about = {"class_type": "NoSuchNode", "node_title": "Load My Checkpoint", "node_id": "7"}
+        assert answer.error["extra_info"] == about
+
+    def test_inputs_within_inputs_have_dots_in_their_names(
+        self, comfyui_url: str, comfyui_version: str
+    ) -> None:
+        if comfyui_version == "0.3.64":
+            pytest.skip("there are none in this version")
+        info = fetch(f"{comfyui_url}/object_info/SaveImageAdvanced").json["SaveImageAdvanced"]
+        kind, options = info["input"]["required"]["format"]
+        assert kind == DYNAMIC_COMBO and options["options"][0]["key"] == "png"
+        assert "bit_depth" in options["options"][0]["inputs"]["required"]
+        depth = {"format": "png", "format.bit_depth": "8-bit", "format.input_color_space": "sRGB"}
+        graph = picture()
+        graph["2"] = node("SaveImageAdvanced", images=["1", 0], filename_prefix="x", **depth)
+        assert prompted(comfyui_url, graph)["outputs"]["2"]["images"]
+        graph["2"]["inputs"]["format.bit_depth"] = "9-bit"
+        del graph["2"]["inputs"]["format.input_color_space"]
+        errors = fetch(f"{comfyui_url}/prompt", {"prompt": graph}).json["node_errors"]["2"][
+            "errors"
+        ]
+        told = {(each["type"], each["extra_info"]["input_name"]) for each in errors}
+        missing = ("required_input_missing", "format.input_color_space")
+        assert told == {("value_not_in_list", "format.bit_depth"), missing}
+
+    @pytest.mark.usefixtures("odd_nodes")
+    @every_version
+    def test_what_a_browser_would_run_is_a_download(
+        self, comfyui_url: str, comfyui_version: str
+    ) -> None:
+        prompted(comfyui_url, {"1": node("Bug", shape="svg", n=7)})
+        prompted(comfyui_url, {"1": node("Bug", shape="txt", n=7)})
+        for name, (old, new, as_image) in SHOWN_AS.items():
+            url = f"{comfyui_url}/view?filename={name}"
+            plain, image = fetch(url), fetch(url, headers={"Sec-Fetch-Dest": "image"})
+            if comfyui_version == "0.3.64":
+                assert plain.headers["Content-Type"] == image.headers["Content-Type"] == old
+                continue
+            assert (plain.headers["Content-Type"], image.headers["Content-Type"]) == (new, as_image)
+            is_download = plain.headers["Content-Disposition"].startswith("attachment")
+            assert is_download == (new == "application/octet-stream")
+
+    @every_version
+    def test_some_names_cannot_be_viewed(
+        self, comfyui_url: str, output_folder: pathlib.Path
+    ) -> None:
+        for name in ("a..b.png", "new\nline.png", "carriage\rreturn.png"):
+            (output_folder / name).write_bytes(b"x")
+        view = f"{comfyui_url}/view?filename="
+        assert fetch(f"{view}a..b.png").status == 400
+        for name in ("new%0Aline.png", "carriage%0Dreturn.png"):
+            with pytest.raises((http.client.HTTPException, OSError)):
+                fetch(view + name)
+
+    @every_version
+    def test_an_upload_whose_boundary_is_long_fails(self, comfyui_url: str) -> None:
+        for length, status in ((70, 200), (71, 500)):
+            boundary = "b" * length
+            body = f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="b.txt"'
+            body += f"\r\n\r\nx\r\n--{boundary}--\r\n"
+            headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+            answer = fetch(f"{comfyui_url}/upload/image", body.encode(), headers)
+            assert answer.status == status
+
+    @every_version
+    def test_progress_is_told_now_and_then(self, comfyui_url: str, comfyui_version: str) -> None:
+        said = messages(comfyui_url, text2image(steps=60, size=32))
+        steps = [data["value"] for event, data in said if event == "progress"]
+        assert steps == sorted(steps) and steps[0] == 1 and steps[-1] == 60
+        assert (len(steps) == 60) == (comfyui_version == "0.3.64")
+
+    @every_version
+    @pytest.mark.parametrize("method", ["auto", "latent2rgb", "none", None])
+    def test_previews_come_where_a_prompt_asks_for_them(
+        self, comfyui_url: str, comfyui_version: str, method: str | None
+    ) -> None:
+        asked = {"extra_data": {"preview_method": method}} if method else {}
+        graph = text2image(steps=3, size=128)
+        described = messages(comfyui_url, graph, told=SEES_METADATA, **asked)
+        bare = messages(comfyui_url, graph, **asked)
+        assert "feature_flags" in dict(described) and "feature_flags" not in dict(bare)
+        frames = {4: [content for event, content in described if event == 4]}
+        frames[1] = [content for event, content in bare if event == 1]
+        if comfyui_version == "0.3.64" or method in ("none", None):
+            assert frames == {4: [], 1: []}
+            return
+        assert len(frames[4]) == len(frames[1]) == 3
+        length = int.from_bytes(frames[4][0][:4], "big")
+        about = json.loads(frames[4][0][4 : 4 + length])
+        assert (about["node_id"], about["display_node_id"]) == ("3", "3")
+        assert about["image_type"] == "image/jpeg" and about["prompt_id"]
+        for content in (frames[4][0][4 + length :], frames[1][0][4:]):
+            with Image.open(io.BytesIO(content)) as image:
+                assert (image.format, image.size) == ("JPEG", (512, 512))
+
+    @pytest.mark.usefixtures("odd_nodes")
+    @every_version
+    def test_a_job_can_be_looked_up_and_cancelled_wherever_it_is(
+        self, comfyui_url: str, comfyui_version: str
+    ) -> None:
+        running, waiting = str(uuid.uuid4()), str(uuid.uuid4())
+        for seconds, prompt_id in enumerate((running, waiting), 100):
+            graph = {"1": node("Bug", shape="sleep", n=seconds)}
+            fetch(f"{comfyui_url}/prompt", {"prompt": graph, "prompt_id": prompt_id})
+        wait_for("one runs", lambda: running_prompts(comfyui_url))
+        jobs = f"{comfyui_url}/api/jobs"
+        if comfyui_version == "0.3.64":
+            assert fetch(f"{jobs}/{running}").status == 404
+            assert fetch(f"{jobs}/{running}/cancel", {}).status == 405
+            fetch(f"{comfyui_url}/queue", {"delete": [waiting]})
+            fetch(f"{comfyui_url}/interrupt", {"prompt_id": running})
+            return
+        assert fetch(f"{jobs}/{running}").json["status"] == "in_progress"
+        assert fetch(f"{jobs}/{waiting}").json["status"] == "pending"
+        assert fetch(f"{jobs}/{waiting}").json["id"] == waiting
+        for prompt_id in (waiting, running):
+            assert fetch(f"{jobs}/{prompt_id}/cancel", {}).json == {"cancelled": True}
+        wait_for("it is interrupted", lambda: not running_prompts(comfyui_url))
+        assert fetch(f"{jobs}/{running}").json["status"] == "cancelled"
+        assert fetch(f"{jobs}/{waiting}").status == 404
+        for prompt_id in (waiting, running, "nobodys"):
+            assert fetch(f"{jobs}/{prompt_id}/cancel", {}).json == {"cancelled": False}
+
+    @pytest.mark.usefixtures("odd_nodes")
+    @every_version
+    def test_a_node_gets_what_the_editor_would_send_along(
+        self, comfyui_url: str, comfyui_version: str
+    ) -> None:
+        graph = {"1": node("BugMeta", how="nodes")}
+        failed = prompted(comfyui_url, graph)["status"]["messages"][-1]
+        assert failed[1]["exception_type"] == "TypeError", "it was given None"
+        sent = {"extra_pnginfo": {"workflow": {"id": "w1", "nodes": [{"id": 5}]}}}
+        entry = prompted(comfyui_url, graph, extra_data=sent)
+        assert json.loads(entry["outputs"]["1"]["text"][0]) == [[5], ["1"], "1"]
+        assert entry["prompt"][3]["extra_pnginfo"] == sent["extra_pnginfo"]
+        assert ("create_time" in entry["prompt"][3]) == (comfyui_version != "0.3.64")
+
+    @pytest.mark.usefixtures("odd_nodes")
+    @every_version
+    def test_what_a_node_expands_into_is_shown_as_that_node(self, comfyui_url: str) -> None:
+        graph = {"12:5": node("BugExpand", color=int.from_bytes(os.urandom(3), "big"))}
+        entry = prompted(comfyui_url, graph)
+        place = {"node_id": "12:5.0.0.2", "display_node": "12:5"}
+        place |= {"parent_node": "12:5", "real_node_id": "12:5"}
+        assert entry["meta"] == {"12:5.0.0.2": place}
+        assert entry["outputs"]["12:5.0.0.2"]["images"]
+        assert prompted(comfyui_url, graph)["outputs"] == {}, "of a cached one nothing is shown"
+
+    @pytest.mark.usefixtures("odd_nodes")
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_the_history_has_what_a_node_shows(
+        self, comfyui_url: str, output_folder: pathlib.Path, tmp_path: pathlib.Path, shape: str
+    ) -> None:
+        entry = prompted(comfyui_url, {"1": node("Bug", shape=shape, n=1)})
+        last, about = entry["status"]["messages"][-1]
+        try:
+            shown = getattr(Shapes(Run(tmp_path)), shape)(1)
+        except Exception as error:
+            kind = raised(error)["exception_type"]
+            assert (last, about["exception_type"]) == ("execution_error", kind)
+            assert about["exception_message"].startswith(f"{error}\n")
+            return
+        # ComfyUI takes every value for a list: the letters of a text, the keys of a dict.
+        expected = json.dumps({key: list(items) for key, items in shown.items()})
+        folders = str(tmp_path / "output"), str(output_folder)
+        assert json.dumps(entry["outputs"]["1"]) == expected.replace(*folders)
+
+    @pytest.mark.usefixtures("odd_nodes")
+    @every_version
+    def test_a_node_may_refuse_its_inputs(self, comfyui_url: str) -> None:
+        for name, kind, words in (
+            ("BugPicky", "custom_validation_failed", "name - this name will not do: "),
+            ("BugPickyRaise", "exception_during_validation", "[Errno 2] No such file"),
+        ):
+            answer = fetch(f"{comfyui_url}/prompt", {"prompt": {"1": node(name, name="no")}})
+            error = answer.json["node_errors"]["1"]["errors"][0]
+            assert (error["type"], error["details"][: len(words)]) == (kind, words)
+        text = prompted(comfyui_url, {"1": node("BugOpt", seed=-5, path="x")})["outputs"]["1"][
+            "text"
+        ]
+        assert json.loads(text[0]) == {"seed": -5, "path": "x"}
+
+    @every_version
+    def test_a_node_that_ends_the_prompt_thread_leaves_http_alive(
+        self, comfyui_version: str, tmp_path: pathlib.Path
+    ) -> None:
+        if "COMFYUI_URL" in os.environ:
+            pytest.skip("a real ComfyUI would have to be restarted")
+        with stand_in(free_port(), tmp_path, version=comfyui_version) as url:
+            ids = [
+                fetch(f"{url}/prompt", {"prompt": graph}).json["prompt_id"]
+                for graph in ({"1": node("Bug", shape="exit", n=1)}, picture(), picture())
+            ]
+            time.sleep(0.5)
+            waiting = fetch(f"{url}/queue").json
+            assert [item[1] for item in waiting["queue_running"]] == ids[:1]
+            assert [item[1] for item in waiting["queue_pending"]] == ids[1:]
+            assert fetch(f"{url}/history").json == {}
+            fetch(f"{url}/interrupt", {"prompt_id": ids[0]})
+            assert running_prompts(url) == ids[:1], "no interrupt brings it back"
+
+    def test_files_have_ids_where_assets_are_enabled(self, tmp_path: pathlib.Path) -> None:
+        if "COMFYUI_URL" in os.environ:
+            pytest.skip("a real ComfyUI would have to be started with --enable-assets")
+        graph = {**picture(), "3": node("PreviewAny", source="x")}
+        with stand_in(free_port(), tmp_path, assets=True) as url:
+            first, again = (prompted(url, graph)["outputs"] for _ in range(2))
+        assert uuid.UUID(first["2"]["images"][0]["id"]) and first == again
+        assert first["3"] == {"text": ["x"]}
 
 
 # Settings #########################################################################################
