@@ -1009,7 +1009,7 @@ class Validator:
         name = about["input_name"]
         if files := files_of(kind, options):
             files = "3D model" if files == "model" else files
-            if value != "none" and not self.server.input_path(value).exists():
+            if value != "none" and not os.path.exists(self.server.input_path(value)):
                 message, details = (
                     "Custom validation failed for node",
                     f"{name} - Invalid {files} file: {value}",
@@ -2573,10 +2573,15 @@ class TestWire:
 
     @every_version
     def test_progress_is_told_now_and_then(self, comfyui_url: str, comfyui_version: str) -> None:
+        began = time.monotonic()
         said = messages(comfyui_url, text2image(steps=60, size=32))
+        seconds = time.monotonic() - began
         steps = [data["value"] for event, data in said if event == "progress"]
         assert steps == sorted(steps) and steps[0] == 1 and steps[-1] == 60
-        assert (len(steps) == 60) == (comfyui_version == "0.3.64")
+        if comfyui_version == "0.3.64":
+            assert len(steps) == 60
+        else:
+            assert len(steps) <= 2 + 10 * seconds, "every 100 ms, the first and the last"
 
     @every_version
     @pytest.mark.parametrize("method", ["auto", "latent2rgb", "none", None])
