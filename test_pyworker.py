@@ -2449,7 +2449,7 @@ def messages(
 
 
 SEES_METADATA = {"type": "feature_flags", "data": {"supports_preview_metadata": True}}
-SHAPES = [name for name in vars(Shapes) if name.islower() and name not in ("save", "exit")]
+SHAPES = [name for name in vars(Shapes) if re.match("[a-z]", name) and name not in ("save", "exit")]
 # By file: what /view says it is to 0.3.64, to 0.33, and to a picture in a page.
 SHOWN_AS = {
     "v_7.svg": ("image/svg+xml", "application/octet-stream", "image/svg+xml"),
