@@ -856,11 +856,14 @@ class Validator:
     def validate(self) -> tuple[dict | None, list[str], dict[str, dict]]:
         """The error that refuses the prompt (or None), the valid outputs, the errors by node."""
         outputs = set()  # in whatever order, as there
+        if self.server.is_new:
+            for given in self.prompt.values():  # where it looks for nodes that have been replaced
+                iter(given.get("inputs", {}))
         for node_id in self.prompt:
-            class_type = self.prompt[node_id].get("class_type")
-            if class_type not in self.classes:
-                return self._missing_class(node_id, self.prompt[node_id]), [], {}
-            if self.classes[class_type].is_output_node:
+            given = self.prompt[node_id]
+            if "class_type" not in given or given["class_type"] not in self.classes:
+                return self._missing_class(node_id, given), [], {}
+            if self.classes[given["class_type"]].is_output_node:
                 outputs.add(node_id)
         return (
             self._validate(outputs)
@@ -869,12 +872,13 @@ class Validator:
         )
 
     def _missing_class(self, node_id: str, given: dict) -> dict[str, Any]:
-        has_class, class_type = "class_type" in given, given.get("class_type")
-        where = f"Node ID '#{node_id}'"
+        has_class, where = "class_type" in given, f"Node ID '#{node_id}'"
         if not self.server.is_new:
-            what = f"node {class_type} does not exist."
-            what = what if has_class else "a node is missing the class_type property."
+            what = "a node is missing the class_type property."
+            if has_class:
+                what = f"node {given['class_type']} does not exist."
             return report("invalid_prompt", f"Cannot execute because {what}", where)
+        class_type = given.get("class_type")
         title = given.get("_meta", {}).get("title", class_type)
         message = f"Node '{title}' not found. The custom node may not be installed."
         if not has_class:
