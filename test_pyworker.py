@@ -1841,13 +1841,14 @@ class StandIn:
         declared = [each["input"] for each in found.values()]
         for inputs in (each.get(category, {}) for each in declared for category in CATEGORIES):
             for name, (kind, *options) in inputs.items():
-                wanted = files_of(kind, *options[:1] or [{}]) if kind != "STRING" else ""
+                about = options[0] if options else {}
+                # Where the choices are elsewhere, who asks is told where.
+                is_choice = kind != "STRING" and "remote" not in about
+                wanted = files_of(kind, about) if is_choice else ""
                 listed = [name for name in names if kinds[name] == wanted]
-                if wanted and "remote" in options[0]:
-                    continue  # who asks is told where to ask for the choices
                 if wanted and kind == "COMBO":
                     start = ["none"] if wanted == "model" else []
-                    inputs[name] = kind, {**options[0], "options": [*start, *listed]}
+                    inputs[name] = kind, {**about, "options": [*start, *listed]}
                 elif wanted:
                     inputs[name] = listed, *options
         return found
@@ -2048,12 +2049,13 @@ def output_folder(input_folder: pathlib.Path) -> pathlib.Path:
 def stand_in_process(
     port: int,
     folder: pathlib.Path,
-    step_seconds: float = 0.01,
+    step_seconds: float = 0,
     version: str = COMFYUI_VERSIONS[0],
     assets: bool = False,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    options = {"--port": port, "--folder": folder, "--step-seconds": step_seconds}
-    options["--comfyui-version"] = version
+    """A stand-in; unless told otherwise its steps take what they take where the tests run."""
+    options = {"--port": port, "--folder": folder, "--comfyui-version": version}
+    options["--step-seconds"] = step_seconds or seconds_of_a_step()
     command = (
         sys.executable,
         __file__,
@@ -2386,9 +2388,28 @@ def everything() -> dict[str, Any]:
     }
 
 
-def long_job(steps: int = 200) -> dict[str, Any]:
-    """Some seconds in a sampler, in the stand-in as on a CPU."""
-    return text2image(steps=steps, size=128)
+def prompted(comfyui_url: str, graph: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The history's entry of the graph, once ComfyUI has run it."""
+    prompt_id = fetch(f"{comfyui_url}/prompt", {"prompt": fill(graph), **more}).json["prompt_id"]
+    history = f"{comfyui_url}/history/{prompt_id}"
+    return wait_for("it has run", lambda: fetch(history).json, 120)[prompt_id]
+
+
+@functools.cache
+def seconds_of_a_step() -> float:
+    """What a step of `long_job` takes: 10 ms in the stand-in; of a real ComfyUI it is measured."""
+    if not (url := os.environ.get("COMFYUI_URL", "").rstrip("/")):
+        return 0.01
+    for _ in range(2):  # the first one loads the model
+        told = prompted(url, text2image(steps=20, size=128))["status"]["messages"]
+    times = {event: about["timestamp"] / 1000 for event, about in told}
+    return (times["execution_success"] - times["execution_start"]) / 20
+
+
+def long_job(hundredths: int = 200) -> dict[str, Any]:
+    """So many hundredths of a second in a sampler: in the stand-in as many steps."""
+    steps = round(hundredths / 100 / seconds_of_a_step())
+    return text2image(steps=min(10000, max(3, steps)), size=128)
 
 
 def as_written(comfyui_url: str, output: dict[str, Any]) -> bytes:
@@ -2418,13 +2439,6 @@ def running_prompts(comfyui_url: str) -> list[str]:
 
 
 # What ComfyUI says ################################################################################
-
-
-def prompted(comfyui_url: str, graph: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """The history's entry of the graph, once ComfyUI has run it."""
-    prompt_id = fetch(f"{comfyui_url}/prompt", {"prompt": fill(graph), **more}).json["prompt_id"]
-    history = f"{comfyui_url}/history/{prompt_id}"
-    return wait_for("it has run", lambda: fetch(history).json, 120)[prompt_id]
 
 
 def messages(
@@ -4427,14 +4441,16 @@ class TestWorker:
     ) -> None:
         tunnel = RecordingTunnel(comfyui_url)
         tunnel.gate.set()
-        behind = start(COMFYUI_SILENCE_TIMEOUT=2, COMFYUI_API_BASE=tunnel.url)
+        seconds = max(2, 10 * seconds_of_a_step())
+        behind = start(COMFYUI_SILENCE_TIMEOUT=seconds, COMFYUI_API_BASE=tunnel.url)
         # The first job loads the model, which takes a silent while.
         assert behind.post({"workflow_json": text2image()}).status == 200
-        job = in_background(behind.post, {"workflow_json": long_job(400)})
+        job = in_background(behind.post, {"workflow_json": long_job(round(250 * seconds))})
         wait_for("the sampler runs", lambda: running_prompts(comfyui_url))
         began, before = time.monotonic(), len(tunnel.asked)
         answer = job.result(120)
-        assert answer.status == 200 and time.monotonic() - began > 3, "the job is too short to tell"
+        lasted = time.monotonic() - began
+        assert answer.status == 200 and lasted > 1.5 * seconds, "the job is too short to tell"
         assert tunnel.asked[before:] == ["GET /history", "GET /view"]
 
     @every_version
@@ -5173,9 +5189,7 @@ class TestFaults:
     ) -> None:
         tunnel = SlowProbeTunnel(comfyui_url)
         behind = start(COMFYUI_API_BASE=tunnel.url, COMFYUI_RETURN_TIMEOUT=2)
-        job = in_background(
-            behind.post, {"workflow_json": long_job(600 if "COMFYUI_URL" not in os.environ else 60)}
-        )
+        job = in_background(behind.post, {"workflow_json": long_job(600)})
         wait_for("the job runs", lambda: running_prompts(comfyui_url))
         time.sleep(1)  # what a probe says is kept for a second
         tunnel.is_slow = True
