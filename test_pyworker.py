@@ -4441,7 +4441,7 @@ class TestWorker:
     ) -> None:
         tunnel = RecordingTunnel(comfyui_url)
         tunnel.gate.set()
-        seconds = max(2, 10 * seconds_of_a_step())
+        seconds = max(2, 20 * seconds_of_a_step())  # as long as the decoder is silent
         behind = start(COMFYUI_SILENCE_TIMEOUT=seconds, COMFYUI_API_BASE=tunnel.url)
         # The first job loads the model, which takes a silent while.
         assert behind.post({"workflow_json": text2image()}).status == 200
