@@ -5154,7 +5154,7 @@ class TestFaults:
     def test_a_prompt_is_stopped_though_a_request_was_lost(
         self, start: Callable[..., Worker], comfyui_url: str
     ) -> None:
-        tunnel = ForgetfulTunnel(comfyui_url, b"POST /queue")
+        tunnel = ForgetfulTunnel(comfyui_url, b"POST /api/jobs")
         behind = start(COMFYUI_API_BASE=tunnel.url)
         connection = connect(behind, {"workflow_json": long_job(5000)})
         wait_for("the job runs", lambda: running_prompts(comfyui_url))
@@ -6024,10 +6024,9 @@ class TestStrangers:
 
     @pytest.mark.parametrize("prefix", ["wait...", "a\nb"])
     def test_files_that_comfyui_does_not_give_are_read_from_its_folder(
-        self, start: Callable[..., Worker], prefix: str
+        self, start: Callable[..., Worker], input_folder: pathlib.Path, prefix: str
     ) -> None:
-        folder = pathlib.Path(os.environ["COMFYUI_INPUT"]).parent
-        beside = start(COMFYUI_INSTALL_PATH=folder)
+        beside = start(COMFYUI_INSTALL_PATH=input_folder.parent)
         answer = beside.post({"workflow_json": picture(prefix=prefix), "output_format": "webp"})
         assert answer.status == 200, answer.json
         file = answer.files[0]
