@@ -1275,17 +1275,17 @@ def rejection(
 def describe_missing(missing: Mapping[str, str]) -> str:
     """What to do about nodes, {id: class}, whose class ComfyUI has not; empty where none is."""
     described = []
-    for is_known, advice in (
-        (False, "not installed: check the spelling, or install the custom nodes that bring it"),
-        (True, "only in the editor: send what Workflow > Export (API) makes, which has none"),
+    for is_editors, lack, advice in (
+        (False, "not installed", "check the spelling, or install the custom nodes that bring it"),
+        (True, "only in the editor", "send what Workflow > Export (API) makes, which has none"),
     ):
         names = [
             f"{class_type} (node {node_id})"
             for node_id, class_type in missing.items()
-            if (class_type in EDITOR_ONLY) == is_known
+            if (class_type in EDITOR_ONLY) == is_editors
         ]
         if names:
-            described.append(f"{', '.join(names[:MAX_LISTED_ERRORS])} is {advice}")
+            described.append(f"{lack}: {', '.join(names[:MAX_LISTED_ERRORS])} ({advice})")
     return "; ".join(described)
 
 
@@ -1563,7 +1563,7 @@ class ComfyUIApi:
             self.health.answered()
             try:
                 # NaN is no JSON, but ComfyUI writes it
-                return response.status, json.load(response, parse_constant=lambda _: None)
+                return response.status, json.load(response, parse_constant=str)
             except (ValueError, RecursionError):
                 return response.status, None
 
@@ -1841,7 +1841,7 @@ def _open_local(output: Output) -> BinaryIO:
 def file_missing(output: Output) -> JobError:
     """The error of a file that ComfyUI's history names and its disk has not."""
     name = show(output["filename"])
-    return JobError(502, "output_missing", f"{name} is no longer on ComfyUI's disk")
+    return JobError(502, "output_missing", f"{name} is not on ComfyUI's disk")
 
 
 def not_given(output: Output, reason: str) -> JobError:

@@ -2412,6 +2412,14 @@ def seconds_of_a_step() -> float:
     return (times["execution_success"] - times["execution_start"]) / 20
 
 
+def saved(image: str) -> dict[str, Any]:
+    """A job that loads that image."""
+    return {
+        "1": node("LoadImage", image=image),
+        "2": node("SaveImage", images=["1", 0], filename_prefix="saved"),
+    }
+
+
 def long_job(hundredths: int = 200) -> dict[str, Any]:
     """So many hundredths of a second in a sampler: in the stand-in as many steps."""
     steps = round(hundredths / 100 / seconds_of_a_step())
@@ -3598,7 +3606,7 @@ REJECTED = {
     "lone_sampler": ({"3": node("KSampler", seed=1, steps=20)}, ["add an output node that saves"]),
     "unknown_node": (
         {"1": node("Nope")},
-        ["Nope (node 1) is not installed", "or install the custom nodes"],
+        ["not installed: Nope (node 1)", "or install the custom nodes"],
     ),
     "missing_file": (
         text2image(ckpt_name="missing.safetensors"),
@@ -3653,6 +3661,103 @@ SCRUBBED = [
     (r"no \\\\nas\share\c.ckpt there", "no c.ckpt there"),
     ("a" * 3000, "a" * 1999 + "…"),
 ]
+
+
+# What the node ``Bug`` puts into the history, by shape: for each output that comes of it the key,
+# and the file's folder and name, or the value. {n} is the node's number.
+SHOWN: dict[str, list[tuple[Any, ...]]] = {
+    "gifs": [("gifs", "", "clip_{n}.mp4")],
+    "gifs_temp": [],
+    "text": [("text", ["one", "", "zwei ü 猫"])],
+    "text_dict": [("text", [{"caption": "a cat", "score": 0.5}])],
+    "tags": [("tags", ["1girl, solo", "cat"])],
+    "string": [("string", ["shown"])],
+    "value": [("value", [3.5])],
+    "caption": [("caption", ["a cat on a sill"]), ("json", [{"boxes": [[1, 2, 3, 4]]}])],
+    "three_model": [("three_model", "", "m_{n}.glb")],
+    "result_str": [("result", "3d", "m_{n}.glb")],
+    "list_str": [("images", "", "ls_{n}.png")],
+    "files_str": [("files", "", "fs_{n}.png")],
+    "nested_name": [("images", "sub", "nn_{n}.png")],
+    "abs_sub": [("images", "deep/er", "as_{n}.png")],
+    "back_sub": [("images", "win/dows", "bs_{n}.png")],
+    "no_type": [("images", "", "nt_{n}.png")],
+    "null_sub": [("images", "", "ns_{n}.png")],
+    "type_input": [("images", "", "ti_{n}.png")],
+    "same_name": [("images", "", "sn_{n}.png"), ("images", "", "sn_{n}.png")],
+    "twice": [("images", "", "tw_{n}.png"), ("files", "", "tw_{n}.png")],
+    "nan": [("text", ["NaN"])],
+    "empty": [],
+    "svg": [("images", "", "v_{n}.svg")],
+    "txt": [("text_file", "", f"t_{{n}}.{end}") for end in ("txt", "json", "html")],
+    "exts": [("files", "", f"e_{{n}}.{end}") for end in Shapes.EXTENSIONS],
+    "empty_file": [("files", "", "z_{n}.txt")],
+    "odd_names": [
+        ("images", "日本 語/%41", name)
+        for name in re.sub(r"\|\n *", "|", Shapes.ODD_NAMES).split("|")
+    ],
+    "annotated": [("images", "", "an_{n}.png")],
+    "ab": [("a_images", "", "ab_{n}.png")],
+    "sleep": [("text", ["slept"])],
+}
+FAILING = {  # what else it does: the error's type, and words of its message
+    "missing": ("output_missing", "'not_there_"),
+    "one_missing": ("output_missing", "'gone_"),
+    "dotdot": ("comfyui_error", "does not give the file 'a..b_"),
+    "boom": ("execution_failed", "failed: could not open x.safetensors and 'y z.ckpt'"),
+    "boom_empty": ("execution_failed", "Bug (node 1) failed: AssertionError"),
+    "boom_key": ("execution_failed", "Bug (node 1) failed: KeyError 'embeds'"),
+    "oom": ("out_of_memory", "use a smaller picture"),
+    "mps_oom": ("out_of_memory", "MPS backend out of memory"),
+    "cublas": ("out_of_memory", "CUBLAS_STATUS_ALLOC_FAILED"),
+    "cudaoom2": ("out_of_memory", "CUDA error: out of memory"),
+    "cuda_busy": ("execution_failed", "no kernel image is available"),
+}
+MADE_OUTPUT = node("PreviewAny", source=["1", 0])
+BAD_GRAPHS = {  # graphs that ComfyUI 0.33 refuses, and what the message has to say
+    "several classes": (
+        {**picture(), "11": node("Lost"), "12": node("Gone"), "13": node("Lost")},
+        ["not installed: Lost (node 11), Gone (node 12), Lost (node 13) (check the spelling"],
+    ),
+    "a titled class": (
+        {**picture(), "7": {**node("NoSuchNode"), "_meta": {"title": "Load My Checkpoint"}}},
+        ["NoSuchNode (node 7)"],
+    ),
+    "the editor's own": (
+        {"1": node("Reroute", x=["2", 0]), "2": node("Note"), "3": MADE_OUTPUT},
+        ["only in the editor: Reroute (node 1), Note (node 2) (send what Workflow > Export (API)"],
+    ),
+    "a link to nothing": (
+        {"1": node("PreviewAny", source=["99", 0])},
+        ["PreviewAny (node 1)", "linked to node '99', which is not in the workflow"],
+    ),
+    "a link by number": (
+        {"1": node("PreviewAny", source=[4, 0]), "4": node("EmptyImage")},
+        ["PreviewAny (node 1)", "a link to node 4 has to have its id in quotes"],
+    ),
+    "half a link": (
+        {**picture(), "2": node("SaveImage", images=["1"], filename_prefix="x")},
+        ["SaveImage (node 2)", "length-2 list"],
+    ),
+    "seed -1": (text2image(seed=-1), ["KSampler (node 3)", "seed", '"__RANDOM_INT__"']),
+    "a path of one's own": (
+        text2image(ckpt_name="/runpod-volume/models/x y.safetensors"),
+        ["ckpt_name '/runpod-volume/models/x y.safetensors' is not installed"],
+    ),
+    "short base64": (saved("iVBORw0KGgoAAAANSUhEUg=="), ["Invalid image file: iVBOR", "data:"]),
+    "a choice within one": (
+        {
+            "1": node(
+                "SaveImageAdvanced",
+                **{"format": "png", "format.bit_depth": "99-bit"},
+                images=["3", 0],
+                filename_prefix="v",
+            ),
+            "3": node("EmptyImage", width=8, height=8, batch_size=1, color=1),
+        },
+        ["SaveImageAdvanced (node 1): format.bit_depth '99-bit' is not a choice; there is: 8-bit"],
+    ),
+}
 
 
 def fill(graph: dict[str, Any]) -> Any:
@@ -3823,6 +3928,148 @@ class TestComfyUI:
         told = answer.json["comfyui_response"]
         assert told["outputs"]["2"]["text"] == ["/workspace/a b/c.png is mine"]
         assert told["prompt"][2] == graph
+
+    @every_version
+    @pytest.mark.usefixtures("odd_nodes")
+    @pytest.mark.parametrize("shape", SHOWN)
+    def test_whatever_a_node_pack_puts_into_the_history_arrives(
+        self, start: Callable[..., Worker], comfyui_url: str, shape: str
+    ) -> None:
+        n = 1 if shape == "sleep" else random.getrandbits(28)  # of seconds, there
+        answer = start().post({"workflow_json": {"1": node("Bug", shape=shape, n=n)}})
+        assert answer.status == 200, answer.json
+        made = [
+            (output["output_type"], output["subfolder"], output["filename"])
+            if "filename" in output
+            else (output["output_type"], output["value"])
+            for output in answer.json["output"]
+        ]
+        named = [
+            tuple(part.format(n=n) if isinstance(part, str) else part for part in each)
+            for each in SHOWN[shape]
+        ]
+        assert made == named
+        assert all(output["node_id"] == "1" for output in answer.json["output"])
+        for output in answer.files:
+            assert base64.b64decode(output["data"]) == as_written(comfyui_url, output)
+        assert bool(answer.json["warnings"]) == (not named)
+
+    @every_version
+    @pytest.mark.usefixtures("odd_nodes")
+    @pytest.mark.parametrize("shape", FAILING)
+    def test_whatever_a_node_pack_fails_with_is_said_in_words(
+        self, start: Callable[..., Worker], shape: str
+    ) -> None:
+        n = random.getrandbits(28)
+        answer = start().post({"workflow_json": {"1": node("Bug", shape=shape, n=n)}})
+        kind, words = FAILING[shape]
+        assert answer.error["type"] == kind, answer.json
+        assert words in answer.error["message"]
+        for output in answer.files:  # one that can be had is there
+            assert ("data" in output) != ("error" in output)
+
+    @pytest.mark.parametrize("case", BAD_GRAPHS)
+    def test_a_refusal_says_what_to_mend(
+        self, worker: Worker, comfyui_version: str, case: str
+    ) -> None:
+        if comfyui_version == "0.3.64" and "within" in case:
+            pytest.skip("there are none in this version")
+        graph, phrases = BAD_GRAPHS[case]
+        answer = worker.post({"workflow_json": graph})
+        assert (answer.status, answer.error["type"]) == (422, "workflow_rejected"), answer.json
+        for phrase in phrases:
+            assert phrase in answer.error["message"]
+
+    @every_version
+    def test_a_model_by_its_url_is_refused_with_the_url(self, start: Callable[..., Worker]) -> None:
+        url = "https://example.com/models/x.safetensors"
+        answer = start().post({"workflow_json": text2image(ckpt_name=url)})
+        assert (answer.status, answer.error["type"]) == (400, "input_unavailable"), answer.json
+        assert url in answer.error["message"] and "models are installed" in answer.error["message"]
+
+    @every_version
+    def test_base64_without_its_head_is_refused_before_comfyui_sees_it(
+        self, start: Callable[..., Worker]
+    ) -> None:
+        answer = start().post({"workflow_json": saved("iVBORw0KGgo/" * 400_000)})
+        assert (answer.status, answer.error["type"]) == (400, "input_unavailable"), answer.json
+        assert "image of LoadImage (node 1)" in answer.error["message"]
+        assert "data:image/png;base64," in answer.error["message"]
+
+    def test_a_text_is_no_picture(self, worker: Worker) -> None:
+        for uri in ("data:,just%20words", "data:application/json,{%22a%22:1}"):
+            answer = worker.post({"workflow_json": saved(uri)})
+            assert (answer.status, answer.error["type"]) == (400, "input_unavailable")
+            assert "it is no image, but text: " in answer.error["message"]
+
+    @pytest.mark.usefixtures("odd_nodes")
+    def test_nodes_get_the_extra_pnginfo_of_the_request(self, worker: Worker) -> None:
+        job = {"workflow_json": {"1": node("BugMeta", how="nodes")}}
+        extra = {"workflow": {"nodes": [{"id": 7}]}}
+        answer = worker.post({**job, "extra_pnginfo": extra})
+        assert json.loads(answer.json["output"][0]["value"][0])[0] == [7]
+        bare = worker.post({"workflow_json": {"1": node("BugMeta", how="copy")}})
+        assert bare.status == 500, "no graph is passed off as the editor's"
+        assert worker.post({**job, "extra_pnginfo": "x"}).status == 400
+
+    @pytest.mark.usefixtures("odd_nodes")
+    def test_an_output_belongs_to_the_submitted_node(self, worker: Worker) -> None:
+        graph = {"12:5": node("BugExpand", color=random.getrandbits(20)), **picture()}
+        answer = worker.post({"workflow_json": graph})
+        assert [output["node_id"] for output in answer.files] == ["12:5", "2"], answer.json
+
+    @pytest.mark.parametrize(
+        ("shape", "accept", "suffix"),
+        [
+            ("three_model", "model/*", ".glb"),
+            ("result_str", "model/gltf-binary", ".glb"),
+            ("svg", "image/*", ".svg"),
+            ("exts", "audio/wav", ".wav"),
+            ("exts", "audio/mp3", ".mp3"),
+            ("exts", "model/stl", ".stl"),
+            ("exts", "image/jpg", ".jpg"),
+            ("txt", "text/*", ".txt"),
+            ("txt", "text/html", ".html"),
+        ],
+    )
+    @pytest.mark.usefixtures("odd_nodes")
+    def test_any_kind_of_file_can_be_the_answer(
+        self, worker: Worker, comfyui_url: str, shape: str, accept: str, suffix: str
+    ) -> None:
+        job = {"workflow_json": {"1": node("Bug", shape=shape, n=random.getrandbits(28))}}
+        answer = worker.post(job, {"Accept": accept})
+        assert answer.status == 200, answer.body
+        name = re.search(r'filename="([^"]*)"', answer.headers["Content-Disposition"])[1]
+        folder = "3d" if shape == "result_str" else ""
+        file = {"filename": name, "subfolder": folder, "type": "output"}
+        assert name.endswith(suffix) and answer.body == as_written(comfyui_url, file)
+
+    def test_a_stream_shows_the_picture_growing_to_who_asks(
+        self, worker: Worker, comfyui_version: str
+    ) -> None:
+        if comfyui_version == "0.3.64":
+            pytest.skip("previews are the operator's there, not a request's")
+        told = events(worker.post({"workflow_json": long_job(200), "previews": True}, STREAM).body)
+        shown = [about for name, about in told if name == "preview"]
+        assert 1 <= len(shown) <= 60, "two a second at most"
+        for about in shown:
+            assert (about["node_id"], about["mimetype"]) == ("3", "image/jpeg")
+            picture = Image.open(io.BytesIO(base64.b64decode(about["data"])))
+            assert max(picture.size) <= 512
+        told = events(worker.post({"workflow_json": long_job(100)}, STREAM).body)
+        assert "preview" not in [name for name, _ in told], "nobody asked"
+
+    def test_inputs_within_inputs_are_fetched_and_seeded(
+        self, worker: Worker, comfyui_version: str
+    ) -> None:
+        if comfyui_version == "0.3.64":
+            pytest.skip("there are none in this version")
+        graph = {
+            **picture(),
+            "9": node("Anything", **{"model.seed": 7, "model.images.a.noise_seed": 8}),
+        }
+        answer = worker.post({"workflow_json": graph})
+        assert answer.json["seeds"] == {"9": 7}, answer.json
 
     @every_version
     def test_an_interrupted_job_is_cancelled(self, worker: Worker, comfyui_url: str) -> None:
@@ -4205,7 +4452,7 @@ class TestDelivery:
         behind = start(COMFYUI_API_BASE=DeletingTunnel(comfyui_url, output_folder).url)
         answer = behind.post({"workflow_json": picture(prefix=DeletingTunnel.prefix)})
         assert (answer.status, answer.error["type"]) == (502, "output_missing"), answer.json
-        assert "no longer on ComfyUI's disk" in answer.error["message"]
+        assert "not on ComfyUI's disk" in answer.error["message"]
 
     @pytest.mark.parametrize("to_s3", [False, True])
     def test_a_file_cut_short_on_its_way_is_fetched_again(
@@ -5770,14 +6017,6 @@ class Watch:
     def __exit__(self, *_: Any) -> None:
         self._over.set()
         self._asking.result(60)
-
-
-def saved(image: str) -> dict[str, Any]:
-    """A job that loads that image."""
-    return {
-        "1": node("LoadImage", image=image),
-        "2": node("SaveImage", images=["1", 0], filename_prefix="saved"),
-    }
 
 
 def hostile_inputs(text: str) -> dict[str, dict[str, Any]]:
