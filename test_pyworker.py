@@ -7738,7 +7738,8 @@ class TestReadme:
     ) -> None:
         (code,) = blocks("python", "preview.jpg")
         assert '"steps": 30}' in code
-        code = code.replace('"steps": 30', '"steps": 150, "width": 64, "height": 64')
+        steps = max(5, round(1.5 / seconds_of_a_step()))
+        code = code.replace('"steps": 30', f'"steps": {steps}, "width": 64, "height": 64')
         code = code.replace("http://127.0.0.1:8000", worker.url)
         drawn = subprocess.run(
             [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True, timeout=120
