@@ -7689,6 +7689,48 @@ def blocks(language: str, having: str = "") -> list[str]:
     return [block["code"] for block in wanted if having in block["code"]]
 
 
+EXAMPLE_PNG = "https://raw.githubusercontent.com/Comfy-Org/ComfyUI/master/input/example.png"
+# Those that need more than a worker have tests of their own.
+OWN_TESTS = ("portrait", "127.0.0.1:9000", "url.txt")
+EXAMPLES = [code for code in blocks("bash", "curl") if not any(each in code for each in OWN_TESTS)]
+
+
+def smaller(code: str) -> str:
+    """The example with pictures that a CPU takes no minutes for."""
+    return code.replace('"steps": 4', '"steps": 4, "width": 64, "height": 64')
+
+
+def without_base64(printed: str) -> Any:
+    """What an example prints, whose pipe leaves out the lines with files in them."""
+    assert len(printed) < 5000, "base64 on the screen"
+    return json.loads(re.sub(r",(\s*\})", r"\1", printed))
+
+
+@contextlib.contextmanager
+def started(code: str, folder: pathlib.Path, log: str, **variables: str) -> Iterator[None]:
+    """What the README's command starts in that folder; it is gone when the block ends."""
+    environ = python_first({**os.environ, **variables})
+    command = ("bash", "-ec", code)
+    options: dict[str, Any] = dict(env=environ, cwd=folder, start_new_session=True)
+    with process(*command, log=folder / log, **options) as running:
+        try:
+            yield
+        finally:
+            os.killpg(running.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def started_worker(code: str, folder: pathlib.Path, comfyui_url: str) -> Iterator[str]:
+    """The worker that the README's command starts; its URL."""
+    for name in ("pyworker.py", "modifiers.py"):
+        shutil.copy(HERE / name, folder)
+    port = str(free_port())
+    url = f"http://127.0.0.1:{port}"
+    with started(code, folder, "worker.log", PORT=port, COMFYUI_API_BASE=comfyui_url):
+        wait_for("the worker is ready", lambda: answers(f"{url}/health"), 60)
+        yield url
+
+
 def bash(code: str, folder: pathlib.Path) -> str:
     done = subprocess.run(
         ["bash", "-ec", code], cwd=folder, capture_output=True, text=True, timeout=120
@@ -7813,7 +7855,7 @@ class TestReadme:
                     bash(curl[1].replace("-H 'Accept: image/*' -o cat.png", ""), tmp_path)
                 )
                 assert base64.b64decode(as_json["output"][0]["data"]).startswith(PNG)
-                for code in blocks("bash", "cat.png"):
+                for code in blocks("bash", "-o cat.png"):
                     bash(
                         code.replace("http://127.0.0.1:8000", f"http://127.0.0.1:{port}"), tmp_path
                     )
@@ -7822,18 +7864,16 @@ class TestReadme:
         assert (tmp_path / "cat.png").read_bytes().startswith(PNG)
         assert running.returncode == 0
 
-    @pytest.mark.parametrize("code", blocks("bash", "curl"), ids=lambda code: code[-60:])
+    @pytest.mark.parametrize("code", EXAMPLES, ids=lambda code: code[-90:])
     def test_the_readmes_commands_work(
         self,
         start: Callable[..., Worker],
         s3: S3,
-        receiver: Receiver,
         files: FileServer,
         tmp_path: pathlib.Path,
         code: str,
-        input_folder: pathlib.Path,
     ) -> None:
-        files.files["/cat.png"] = some_png()
+        files.files["/example.png"] = some_png()
         stands_for = {
             "http://127.0.0.1:8000": start(
                 **({"AUTH_TOKEN": "change-me"} if "Bearer" in code else {})
@@ -7842,36 +7882,60 @@ class TestReadme:
             "my-bucket": s3.bucket,
             "my-key-id": s3.keys[0],
             "my-secret-key": s3.keys[1],
-            "https://example.com/hook": receiver.url,
-            "https://example.com/cat.png": f"{files.url}/cat.png",
-            # A CPU would take minutes.
-            '"width": 512, "height": 512, "steps": 20': '"width": 64, "height": 64, "steps": 2',
-            '"steps": 4': '"steps": 4, "width": 64, "height": 64',
+            EXAMPLE_PNG: f"{files.url}/example.png",
         }
         for name, value in stands_for.items():
             code = code.replace(name, value)
-        if "cat.png" in code:
-            Image.new("RGB", (96, 64)).save(input_folder / "cat.png")
-        printed = bash(code, tmp_path)
-        if written := re.search(r"-o (cat.\w+)", code):
-            with Image.open(tmp_path / written[1]) as cat:
-                assert (cat.format, cat.size) == (written[1][4:].upper(), (64, 64))
-            return
-        if "event-stream" in code:
-            assert events(printed.encode())[-1][1]["status"] == "completed"
-            return
-        answer = json.loads(printed)
-        assert answer["status"] in ("completed", "ready", "queued"), printed
-        if '"s3"' in code:
-            assert fetch(answer["output"][0]["url"]).body.startswith(PNG)
-        if "respond-async" in code:
-            assert json.loads(receiver.wait_for(1)[0][1])["id"] == answer["id"]
-        elif '"webhook"' in code:
-            secret = re.search('whsec_[^"]+', code)
-            headers, body = receiver.wait_for(1)[0]
-            assert secret and standardwebhooks.Webhook(secret[0]).verify(body, headers)[
-                "extra"
-            ] == {"custom_field": "value"}
+        printed = bash(smaller(code), tmp_path)
+        if written := re.search(r"-o (\w+\.\w+) -d", code):
+            kind = written[1].partition(".")[2].upper()
+            with Image.open(tmp_path / written[1]) as picture:
+                assert (picture.format, picture.size) == (kind, (64, 64))
+        elif "event-stream" in code:
+            told = events(printed.encode())
+            assert told[-1][1]["status"] == "completed" and len(printed) < 5000, printed
+        else:
+            answer = without_base64(printed)
+            assert answer["status"] in ("completed", "ready"), printed
+            if '"s3"' in code:
+                assert fetch(answer["output"][0]["url"]).body.startswith(PNG)
+
+    def test_the_readmes_five_steps_work(self, comfyui_url: str, tmp_path: pathlib.Path) -> None:
+        first, *others = blocks("bash", "portrait")
+        (tmp_path / "portrait.json").write_text(json.dumps(text2image(seed=7)))
+        with started_worker(first, tmp_path, comfyui_url) as url:
+            seeds = []
+            for code in others:
+                code = code.replace("http://127.0.0.1:8000", url)
+                code = code.replace('"width": 768, "height": 512', '"width": 96, "height": 64')
+                printed = bash(code, tmp_path)
+                if "-o portrait.png" not in code:
+                    seeds.append(without_base64(printed)["seeds"]["3"])
+                    continue
+                with Image.open(tmp_path / "portrait.png") as picture:
+                    assert picture.size == ((96, 64) if "width" in code else (64, 64))
+                (tmp_path / "portrait.png").unlink()
+        assert len(others) == 4 and len(seeds) == 1 and seeds != [7]
+
+    def test_the_readmes_own_s3_works(self, comfyui_url: str, tmp_path: pathlib.Path) -> None:
+        (server,) = blocks("bash", "weed mini")
+        (worker,) = blocks("bash", "S3_ENDPOINT_URL")
+        (client,) = blocks("bash", "url.txt")
+        parts = ("master", "volume", "filer", "admin", "webdav")
+        ports = " ".join(f"-{name}.port={free_port()}" for name in parts)
+        port = free_port()
+        server = server.replace("$(mktemp -d)", str(tmp_path / "weed"))
+        server = server.rstrip() + f" {ports} -s3.port={port} -s3.port.iceberg=0 -s3.port.lance=0"
+        (tmp_path / "weed").mkdir()
+        endpoint = f"http://127.0.0.1:{port}"
+        with started(server, tmp_path, "weed.log", TMPDIR=str(tmp_path)):
+            has_s3 = S3(endpoint, "my-bucket", ("my-key-id", "my-secret-key")).client()
+            wait_for("SeaweedFS has its bucket", lambda: has_bucket(has_s3, "my-bucket"), 60)
+            worker = worker.replace("http://127.0.0.1:8333", endpoint)
+            with started_worker(worker, tmp_path, comfyui_url) as url:
+                bash(smaller(client.replace("http://127.0.0.1:8000", url)), tmp_path)
+        assert (tmp_path / "url.txt").read_text().startswith(f"{endpoint}/my-bucket/")
+        assert (tmp_path / "from-s3.png").read_bytes().startswith(PNG)
 
     @pytest.mark.parametrize(
         ("language", "command"), [("python", [sys.executable]), ("javascript", ["node"])]
@@ -7908,31 +7972,47 @@ class TestReadme:
             and "EmptyLatentImage (node 5): Value 8 smaller than min" in done.stderr
         )
 
-    def test_the_readmes_progress_bar_is_drawn(self, worker: Worker) -> None:
-        (code,) = [code for code in blocks("python", "text/event-stream") if "exit" not in code]
-        code = code.replace('"steps": 4', '"steps": 4, "width": 64, "height": 64')
+    def test_the_readmes_growing_picture_is_seen(
+        self, worker: Worker, tmp_path: pathlib.Path
+    ) -> None:
+        (code,) = blocks("python", "preview.jpg")
+        assert '"steps": 30}' in code
+        steps = max(5, round(1.5 / seconds_of_a_step()))
+        code = code.replace('"steps": 30', f'"steps": {steps}, "width": 64, "height": 64')
         code = code.replace("http://127.0.0.1:8000", worker.url)
         drawn = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, check=True, timeout=60
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True, timeout=120
         ).stdout.decode()
         assert drawn.rpartition("\r")[2].strip() == "#" * 40 + " 100.0 %" and drawn.count("\r") > 4
+        with Image.open(tmp_path / "preview.jpg") as picture:
+            assert picture.format == "JPEG"
 
-    def test_the_readmes_receiver_verifies(self, worker: Worker, tmp_path: pathlib.Path) -> None:
+    def test_the_readmes_receiver_verifies_what_the_readme_sends(
+        self, worker: Worker, tmp_path: pathlib.Path
+    ) -> None:
         (code,) = blocks("python", "standardwebhooks")
+        sync, later = blocks("bash", "127.0.0.1:9000")
+        assert "respond-async" in later
         port = free_port()
-        secret = re.search('whsec_[^"]+', code)
-        assert secret
         log = tmp_path / "log"
         with process(sys.executable, "-c", code.replace("9000", str(port)), log=log):
             wait_for("the receiver listens", lambda: answers_at_all(f"http://127.0.0.1:{port}"))
-            webhook = {
-                "url": f"http://127.0.0.1:{port}",
-                "secret": secret[0],
-                "extra_params": {"a": 1},
-            }
-            worker.post({"request_id": "verified", "workflow_json": picture(), "webhook": webhook})
-            wait_for("it prints the job", lambda: "verified completed {'a': 1}" in log.read_text())
+            for command, status, told in (
+                (sync, "completed", "67890 completed {'custom_field': 'value'}\n"),
+                (later, "queued", "67891 completed {}\n"),
+            ):
+                command = command.replace("http://127.0.0.1:8000", worker.url)
+                command = smaller(command.replace("9000", str(port)))
+                assert without_base64(bash(command, tmp_path))["status"] == status
+                wait_for("it prints the job", lambda told=told: told in log.read_text())
             assert fetch(f"http://127.0.0.1:{port}", b"{}").status == 401, "unsigned"
+        shown = re.search("prints `(.*)`", README)
+        assert shown and shown[1] in log.read_text()
+
+    def test_the_readme_makes_a_secret_that_signs(self, tmp_path: pathlib.Path) -> None:
+        (code,) = blocks("bash", 'whsec_" + base64')
+        made = bash(code, tmp_path).strip()
+        assert len(pyworker.read_signing_key(made)) == 24 and standardwebhooks.Webhook(made)
 
     def test_the_readmes_modifier_works(
         self, start: Callable[..., Worker], tmp_path: pathlib.Path
@@ -7954,17 +8034,8 @@ class TestReadme:
             "Text2Image",
         ]
 
-    def test_the_readmes_workflow_file_works(
-        self, start: Callable[..., Worker], tmp_path: pathlib.Path
-    ) -> None:
-        (tmp_path / "portrait.json").write_text(json.dumps(text2image()))
-        request = re.search(r'`(\{"modifier": "portrait".*?\}\})`', README, re.DOTALL)
-        assert request
-        answer = start(WORKFLOWS_DIR=tmp_path).post(json.loads(request[1]))
-        assert answer.status == 200 and answer.json["seeds"] == {"3": 42}, answer.body
-
     def test_the_readmes_answer_has_the_fields_of_a_real_one(self, worker: Worker) -> None:
-        shown = json.loads(blocks("json")[0])
+        shown = json.loads(blocks("json", '"timings"')[0])
         real = worker.post({"workflow_json": text2image()}).json
         assert shown.keys() == real.keys() and shown["timings"].keys() == real["timings"].keys()
         assert shown["output"][0].keys() == real["output"][0].keys()
@@ -7986,6 +8057,34 @@ class TestReadme:
                 str(each.default), str(each.default).removesuffix(".0")
             )
             assert row[1].strip("` ") == shown, each.name
+
+    def test_the_readmes_table_of_parameters_is_right(self, worker: Worker) -> None:
+        schemas = [
+            worker.post({"modifier": name}).error["schema"]
+            for name in ("Text2Image", "Image2Image")
+        ]
+        table = re.search(r"^\| `Text2Image`, `Image2Image`.*?\n\n", README, re.M | re.DOTALL)
+        assert table
+        shown = {}
+        for names, kind, default, _ in re.findall(
+            r"^\| (`.*?) \| (\w+) \| (.*?) \|(.*)$", table[0], re.M
+        ):
+            for name in re.findall(r"`(\w+)`", names):
+                shown[name] = (kind, default.strip("` "))
+        del shown["Text2Image"], shown["Image2Image"]
+        assert shown.keys() == schemas[0].keys() | schemas[1].keys()
+        for name, parameter in (schemas[1] | schemas[0]).items():
+            kind, default = shown[name]
+            assert kind == parameter["type"][0], name
+            if parameter.get("default") is not None and name != "cfg_scale":
+                assert default == str(parameter["default"] or '""'), name
+            assert (default == "required") == ("default" not in parameter), name
+
+    def test_the_readmes_links_lead_somewhere(self) -> None:
+        titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", README, flags=re.DOTALL), re.M)
+        anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+        assert set(re.findall(r"\]\(#(.*?)\)", README)) <= anchors
+        assert README.count("<details>") == README.count("</details>")
 
     def test_the_readmes_metrics_are_those_there_are(self, worker: Worker) -> None:
         table = re.search(r"^\| `pyworker_…`.*?\n\n", README, re.MULTILINE | re.DOTALL)
@@ -8026,7 +8125,7 @@ class TestReadme:
     def test_the_readmes_install_command_works(
         self, comfyui_url: str, tmp_path: pathlib.Path
     ) -> None:
-        (code,) = blocks("bash", "pip install")
+        (code,) = blocks("bash", "pip install boto3")
         for name in ("pyworker.py", "modifiers.py"):
             shutil.copy(HERE / name, tmp_path)
         subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
@@ -9227,8 +9326,8 @@ In another terminal, try:
 
   curl -fsS {url}/generate/sync -H 'Accept: image/*' -o cat.png -d '{{"input": {{"modifier": "Text2Image", "modifications": {{"prompt": "a cat"}}}}}}'
 
-That is a picture in cat.png. Without -H and -o the answer is JSON with the picture in it, as base64; with
--N -H 'Accept: text/event-stream' it comes after the job's progress, line by line.
+That is a picture in cat.png. Without -H and -o the answer is JSON with the picture in it, as base64, which
+| python3 -m json.tool | grep -v '"data":'  keeps off the screen. README.md has more to try.
 
 Ctrl-C ends it.
 """  # noqa: E501
