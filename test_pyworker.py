@@ -6066,6 +6066,16 @@ class LyingTunnel(Tunnel):
         return answer.replace(true[0], lie)
 
 
+class SwappingTunnel(Tunnel):
+    """Has ComfyUI say that what runs waits, and that nothing runs."""
+
+    def inspect(self, said: bytes, answer: bytes) -> bytes:
+        if not said.startswith(b"GET /queue"):
+            return answer
+        names = {b"queue_running": b"queue_pending", b"queue_pending": b"queue_running"}
+        return re.sub(rb"queue_(running|pending)", lambda match: names[match[0]], answer)
+
+
 class DroppingTunnel(Tunnel):
     """Ends the connection of whoever asks for a file; everything else goes on."""
 
@@ -6310,6 +6320,48 @@ class TestStrangers:
         answer = behind.post({"workflow_json": long_job(60)})
         assert not tunnel.is_lying, "or nothing was tried"
         assert (answer.status, len(answer.files)) == (200, 1), answer.json
+
+    @pytest.mark.parametrize("version", COMFYUI_VERSIONS)
+    def test_a_comfyui_that_runs_nothing_is_told_and_waited_for(
+        self, start: Callable[..., Worker], tmp_path: pathlib.Path, version: str
+    ) -> None:
+        port, url = free_port(), "http://127.0.0.1:{}"
+        limits = {"JOB_TIMEOUT": 1, "COMFYUI_STUCK_TIMEOUT": 1, "COMFYUI_RETURN_TIMEOUT": 60}
+        with stand_in_process(port, tmp_path, version=version):
+            behind = start(COMFYUI_API_BASE=url.format(port), **limits)
+            killer = behind.post({"workflow_json": {"1": node("Bug", shape="exit", n=1)}})
+            assert (killer.status, killer.error["type"]) == (504, "timeout"), killer.json
+            waiting = in_background(behind.post, {"workflow_json": picture()})
+            behind.wait_until("faulted")
+            assert (behind.health().status, fetch(f"{behind.url}/health/live").status) == (503, 503)
+            refused = behind.post({"workflow_json": picture()})
+            assert (refused.status, refused.error["type"]) == (503, "comfyui_unavailable")
+            assert behind.logged("WORKER_ERROR: ComfyUI takes prompts and runs none")
+        with stand_in_process(port, tmp_path, version=version):
+            behind.wait_until("ready")
+            assert fetch(f"{behind.url}/health/live").status == 200
+            assert waiting.result(60).status == 200, "it was only waiting"
+
+    def test_a_prompt_that_never_begins_is_answered(
+        self, start: Callable[..., Worker], tmp_path: pathlib.Path
+    ) -> None:
+        patience = {"COMFYUI_SILENCE_TIMEOUT": 0.5, "COMFYUI_STUCK_TIMEOUT": 1}
+        with stand_in(free_port(), tmp_path) as url:
+            tunnel = SwappingTunnel(url)
+            behind = start(COMFYUI_API_BASE=tunnel.url, COMFYUI_RETURN_TIMEOUT=1, **patience)
+            answer = behind.post({"workflow_json": {"1": node("Bug", shape="sleep", n=20)}})
+            assert (answer.status, answer.error["type"]) == (502, "comfyui_lost"), answer.json
+            assert behind.health().json["status"] == "faulted"
+
+    def test_an_interrupt_that_takes_a_while_is_no_fault_for_ever(
+        self, start: Callable[..., Worker], tmp_path: pathlib.Path
+    ) -> None:
+        with stand_in(free_port(), tmp_path, step_seconds=3) as url:
+            behind = start(COMFYUI_API_BASE=url, JOB_TIMEOUT=0.5, COMFYUI_STUCK_TIMEOUT=0.5)
+            assert behind.post({"workflow_json": text2image(steps=5)}).status == 504
+            behind.wait_until("faulted")
+            behind.wait_until("ready")
+            assert behind.post({"workflow_json": picture()}).status == 200
 
     def test_a_receivers_words_stay_one_line_of_the_log(self, start: Callable[..., Worker]) -> None:
         telling = start(WEBHOOK_RETRY_PAUSES="0")
