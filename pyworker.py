@@ -2327,26 +2327,23 @@ class Progress:
             self._weights[node_id] = SAMPLER_WEIGHT if is_sampler else 1
             links = [each for each in inputs.values() if isinstance(each, list) and len(each) == 2]
             ahead += [node_id for node_id, _ in links if node_id in graph]
-        self.update({})
 
     def update(self, states: JsonObject) -> None:
         """Takes the states of nodes that have begun: {id: {"value": …, "max": …, "state": …}}."""
         done = 0.0
-        for node_id, weight in self._weights.items():
-            state = states.get(node_id, {"value": 0, "max": 1})
-            done += weight * min(1, state["value"] / (state["max"] or 1))
+        for node_id, state in states.items():
+            done += self._weights.get(node_id, 0) * min(1, state["value"] / (state["max"] or 1))
         percent = round(100 * done / (sum(self._weights.values()) or 1), 1)
         self._job.percent = max(self._job.percent, percent)  # a job that is run again begins anew
         # The node that runs, else the one that began last; the submitted one if it expanded.
-        by_state = sorted(states.items(), key=lambda each: each[1]["state"] == "running")
-        node_id, state = by_state[-1] if by_state else ("", {})
+        node_id, state = sorted(states.items(), key=lambda each: each[1]["state"] == "running")[-1]
         node_id = state.get("display_node_id", node_id)
         node_type = self._job.workflow.get(str(node_id), {}).get("class_type")
-        value, end = state.get("value"), state.get("max")
-        self.summary = f": {node_type} (node {node_id}), {value} of {end}" if states else ""
+        value, end = state["value"], state["max"]
+        self.summary = f": {node_type} (node {node_id}), {value} of {end}"
         self._job.notify(
             "progress",
-            node_id=node_id or None,
+            node_id=node_id,
             node_type=node_type,
             value=value,
             max=end,
