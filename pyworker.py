@@ -1573,8 +1573,6 @@ MODEL_EXTENSIONS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gg
 MODEL_INPUT = re.compile(r"name|model|lora|vae|ckpt|clip|unet|config")
 # Names of files that ComfyUI makes, and whose /view answers with 400 or not at all.
 NOT_GIVEN = re.compile(r"\.\.|[\x00-\x1f\x7f\ud800-\udfff]")
-# What ComfyUI itself fills in, such as %year% and %width%, has neither a colon nor a dot.
-EDITOR_PLACEHOLDER = re.compile(r"%(date:[^%]*|[^%.]+\.[^%.]+)%")
 LOOK_UP_SECONDS = 1  # between questions to a ComfyUI that tells nothing by itself
 
 
@@ -1899,9 +1897,10 @@ def check_prefixes(job: Job) -> None:
             if not isinstance(value, str) or not name.endswith("filename_prefix"):
                 continue
             where = f"{name} of {node['class_type']} (node {node_id})"
-            found = EDITOR_PLACEHOLDER.search(cut(value))
-            if found and len(job.warnings) < MAX_WARNINGS:
-                job.warnings.append(f"{where} has {show(found[0])}, which only the editor fills in")
+            # What ComfyUI itself fills in, such as %year% and %width%, has no such character.
+            left = [each for each in re.findall("%[^%]+%", cut(value)) if re.search("[:.]", each)]
+            if left and len(job.warnings) < MAX_WARNINGS:
+                job.warnings.append(f"{where} has {show(left[0])}, which only the editor fills in")
             if job.settings.comfyui_install_path:  # such files are read from there
                 continue
             if NOT_GIVEN.search(value.replace("\\", "/").rpartition("/")[2]):
