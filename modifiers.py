@@ -217,6 +217,16 @@ def load(path: Path) -> Graph:
     return graph
 
 
+def file_faults(context: Context) -> Iterator[str]:
+    """Yields a message for each workflow file that cannot be used."""
+    for path in [*_files(context).values(), Path(context.settings.workflow_file)]:
+        try:
+            if path.is_file():
+                load(path)
+        except InvalidModification as error:
+            yield str(error)
+
+
 # Inputs and links #################################################################################
 
 

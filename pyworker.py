@@ -58,6 +58,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from email import message_from_string
 from functools import lru_cache, partial
 from heapq import heappop, heappush
@@ -95,6 +96,11 @@ Output = JsonObject  # one entry of an answer's "output"
 
 # What http.client and socket raise when a connection cannot be made, or breaks.
 CONNECTION_LOST = (OSError, HTTPException)
+CONNECTION_WORDS = {  # of those whose own words say little
+    socket.gaierror: "its name cannot be resolved",
+    ConnectionRefusedError: "it refuses the connection",
+    TimeoutError: "it does not answer in time",
+}
 
 # No text is unbounded: what is longer is cut before it is searched, matched or formatted.
 MAX_MESSAGE = 2000  # characters
@@ -113,6 +119,14 @@ def cut(text: str, limit: int = MAX_MESSAGE) -> str:
 def show(value: Any) -> str:
     """A value, as a message quotes it."""
     return repr(cut(value, MAX_QUOTE)) if isinstance(value, str) else reprlib.repr(value)
+
+
+def describe_error(error: Exception) -> str:
+    """What went wrong with a connection, without numbers such as [Errno -2]."""
+    for kind, words in CONNECTION_WORDS.items():
+        if isinstance(error, kind):
+            return words
+    return re.sub(r"^\[[^]]*\] ", "", cut(str(error)))
 
 
 # Settings #########################################################################################
@@ -230,6 +244,21 @@ class Settings:
 
     worker_host: str = _setting(read_text, "address to listen on", "127.0.0.1")
     port: int = _setting(number_reader(0, 65535, int), "port to listen on", 8000)
+    auth_token: str = _setting(
+        read_plain, "what clients have to send as 'Authorization: Bearer <token>'"
+    )
+    allow_private_addresses: bool = _setting(
+        read_flag, "let URLs in requests lead to private addresses", False
+    )
+    include_comfyui_response: bool = _setting(
+        read_flag, "put ComfyUI's history entry into every answer", False
+    )
+    event_keep_alive: float = _setting(
+        read_timeout, "seconds between the comments that keep an event stream open", 15.0
+    )
+    shutdown_grace: float = _setting(
+        read_seconds, "seconds that SIGTERM leaves a running job and webhooks", 300.0
+    )
     comfyui_api_base: str = _setting(read_url, "where ComfyUI answers", "http://127.0.0.1:8188")
     comfyui_install_path: str = _setting(
         read_text, "ComfyUI's folder; set, an answer shows each file's local_path"
@@ -250,9 +279,12 @@ class Settings:
     unreachable_after: float = _setting(
         read_seconds, "seconds of failures until /health says unreachable", 10.0
     )
-    auth_token: str = _setting(
-        read_plain, "what clients have to send as 'Authorization: Bearer <token>'"
+    prompt_head_start: float = _setting(
+        read_seconds,
+        "longest wait for the next prompt to be posted before a job's history is read",
+        0.02,
     )
+    comfy_org_api_key: str = _setting(read_plain, "passed on to ComfyUI for its partner nodes")
     max_queue_size: int = _setting(
         read_count, "jobs that may wait for the GPU; the next one gets 503", 100
     )
@@ -265,17 +297,6 @@ class Settings:
     )
     job_timeout: float = _setting(
         read_seconds, "seconds that a job may take on the GPU; 0: no limit", 0.0
-    )
-    prompt_head_start: float = _setting(
-        read_seconds,
-        "longest wait for the next prompt to be posted before a job's history is read",
-        0.02,
-    )
-    shutdown_grace: float = _setting(
-        read_seconds, "seconds that SIGTERM leaves a running job and webhooks", 300.0
-    )
-    event_keep_alive: float = _setting(
-        read_timeout, "seconds between the comments that keep an event stream open", 15.0
     )
     s3_access_key_id: str = _setting(
         read_plain, "S3 key; with neither key set, boto3's own chain is used"
@@ -311,13 +332,6 @@ class Settings:
     default_checkpoint: str = _setting(
         read_text, "Text2Image's checkpoint; empty: the first that ComfyUI lists"
     )
-    include_comfyui_response: bool = _setting(
-        read_flag, "put ComfyUI's history entry into every answer", False
-    )
-    allow_private_addresses: bool = _setting(
-        read_flag, "let URLs in requests lead to private addresses", False
-    )
-    comfy_org_api_key: str = _setting(read_plain, "passed on to ComfyUI for its partner nodes")
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
@@ -347,6 +361,14 @@ def _parse_variable(text: str, default: Any) -> Any:
 
 
 SETTING_READERS = {each.name: each.metadata["read"] for each in fields(Settings)}
+SETTING_GROUPS = {  # by the first setting of each
+    "worker_host": "Worker",
+    "comfyui_api_base": "ComfyUI",
+    "max_queue_size": "Limits",
+    "s3_access_key_id": "S3",
+    "webhook_url": "Webhooks",
+    "workflow_file": "Workflows",
+}
 
 
 # Errors ###########################################################################################
@@ -377,8 +399,11 @@ def bad_request(message: str, type: str = "invalid_request", **details: Any) -> 
     return JobError(400, type, message, **details)
 
 
-def unavailable(state: str) -> JobError:
-    """The error of a job that cannot begin while the worker is in that state."""
+def unavailable(state: str, comfyui: str = "") -> JobError:
+    """The error of a job that cannot begin while the worker is in that state.
+
+    comfyui: what `ComfyUIApi.name` calls it.
+    """
     if state == "stopping":
         return JobError(
             503,
@@ -389,7 +414,7 @@ def unavailable(state: str) -> JobError:
         "starting": "is not up yet",
         "faulted": "has lost its GPU, or runs no prompts, and has to be restarted",
     }.get(state, "does not answer")
-    return JobError(503, "comfyui_unavailable", f"ComfyUI {reason}; try again later")
+    return JobError(503, "comfyui_unavailable", f"{comfyui} {reason}; try again later")
 
 
 def start_thread(name: str, action: Callable[..., None], *args: Any) -> None:
@@ -411,10 +436,15 @@ MAX_JSON_VALUES = 10**6
 # ComfyUI's own graphs nest 5 deep; deeper ones only serve to exhaust the stack.
 MAX_JSON_DEPTH = 100
 MAX_HISTORY_DEPTH = 150  # ComfyUI's entry for a prompt has the request's graph in it
-MAX_UNKNOWN_FIELDS = 20  # that are warned of
+MAX_WARNINGS = 20  # of one kind
+FIELD_HINTS = {  # by what ComfyUI and other workers call a field
+    "prompt": "workflow_json, or prompt within modifications",
+    "images": "a URL or a data: URI within the workflow",
+}
 EVENT_STREAM = "text/event-stream"
 JSON = "application/json"
 OCTET_STREAM = "application/octet-stream"
+CONVERTED_TYPES = ("image/webp", "image/jpeg")  # that a PNG may be asked for as
 SAME_TYPES = {  # what some say -> what most systems' tables of types have
     "image/jpg": "image/jpeg",
     "audio/wav": "audio/x-wav",
@@ -750,7 +780,7 @@ def read_request(job: Job, body: JsonObject, headers: dict[str, str], settings: 
     except ValueError as error:
         raise bad_request(str(error)) from None
     misplaced = [f"{name}, beside input," for name in body if name in INPUT_FIELDS]
-    for name in [*sorted(unknown), *misplaced][:MAX_UNKNOWN_FIELDS]:
+    for name in [*unknown, *misplaced][:MAX_WARNINGS]:
         job.warnings.append(f"{name} is no field of a request; it was ignored")
     _check_source(values, unknown)
     extra_params = own.pop("webhook_extra_params", {})
@@ -760,15 +790,20 @@ def read_request(job: Job, body: JsonObject, headers: dict[str, str], settings: 
         extra_params=extra_params, settings=settings, overridden=overridden, **values
     )
     job.workflow = job.request.workflow_json
+    is_converted = job.request.output_format or job.request.accept in CONVERTED_TYPES
+    if "output_quality" in values and not is_converted:
+        job.warnings.append("output_quality does nothing without output_format; it was ignored")
     _check_webhook(job)
 
 
-def _unknown(given: JsonObject, known: Container[str], prefix: str = "") -> list[str]:
-    return [
-        f"{prefix}{name:.50}"
-        for name, value in given.items()
-        if name not in known and value not in BLANK
-    ]
+def _unknown(given: JsonObject, known: Iterable[str], prefix: str = "") -> list[str]:
+    """The first of the fields that are not known, each with what it may stand for."""
+    names = [name for name, value in given.items() if name not in known and value not in BLANK]
+    described = []
+    for name in names[:MAX_WARNINGS]:
+        near = FIELD_HINTS.get(name) or "".join(get_close_matches(name[:50], known, 1))
+        described.append(f"{prefix}{name:.50}" + (f" (did you mean {near}?)" if near else ""))
+    return described
 
 
 def _check_source(values: JsonObject, unknown: list[str]) -> None:
@@ -900,7 +935,7 @@ def check_public(name: str, url: str, must_resolve: bool) -> None:
         public_addresses(parts.hostname or "", parts.port or 443)
     except (OSError, UnicodeError) as error:
         if isinstance(error, PermissionError) or must_resolve:
-            raise bad_request(f"{name}: {error}") from None
+            raise bad_request(f"{name}: {describe_error(error)}") from None
 
 
 def _connect_public(address: tuple[str, int], timeout: float, *_: Any) -> socket.socket:
@@ -1129,7 +1164,7 @@ def download(job: Job, source: str, choice: str) -> tuple[BinaryIO, str]:
             raise ValueError(f"it is no {choice}, but text: {show(head.decode(errors='replace'))}")
     except (*CONNECTION_LOST, ValueError) as error:
         raise bad_request(
-            f"the input {shown} cannot be had: {error}", "input_unavailable"
+            f"the input {shown} cannot be had: {describe_error(error)}", "input_unavailable"
         ) from None
     return file, digest + _extension(head, mimetype, shown)
 
@@ -1547,6 +1582,7 @@ class ComfyUIApi:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.url = settings.comfyui_api_base.rstrip("/")
+        self.name = f"ComfyUI at {self.url} (COMFYUI_API_BASE)"  # where it is not reached
         self.health = Health(settings)
         self._pool = ConnectionPool()
         self._about = {"url": self.url, "version": None, "device": None, "vram_free": None}
@@ -1592,7 +1628,8 @@ class ComfyUIApi:
                     raise JobError(
                         502,
                         "comfyui_lost",
-                        f"ComfyUI went away and was not back in order within {limit:g} s: {error}",
+                        f"{self.name} went away and was not back in order within {limit:g} s:"
+                        f" {describe_error(error)}",
                     ) from None
             # Wakes for an abort or a reconnection; the action finds out about the rest.
             job.next_notice(min(left, LOOK_UP_SECONDS))
@@ -1786,7 +1823,7 @@ class ComfyUIApi:
         try:
             classes = self.get(f"/object_info/{quote(class_type, safe='')}")
         except CONNECTION_LOST:
-            raise unavailable("unreachable") from None
+            raise unavailable("unreachable", self.name) from None
         if class_type not in classes:
             raise JobError(
                 422,
@@ -1850,16 +1887,26 @@ def not_given(output: Output, reason: str) -> JobError:
     return JobError(502, "comfyui_error", f"ComfyUI does not give the file {name}: {reason}")
 
 
-def check_prefixes(graph: Graph) -> None:
-    """400 for a literal filename_prefix whose files could be made, but not be fetched."""
-    for node_id, node in graph.items():
+def check_prefixes(job: Job) -> None:
+    """400 for a literal filename_prefix whose files could be made, but not be fetched.
+
+    A warning of one with a placeholder that would be left as it is.
+    """
+    for node_id, node in job.workflow.items():
         for name, value in node["inputs"].items():
             if not isinstance(value, str) or not name.endswith("filename_prefix"):
                 continue
+            where = f"{name} of {node['class_type']} (node {node_id})"
+            # What ComfyUI itself fills in, such as %year% and %width%, has no such character.
+            left = [each for each in re.findall("%[^%]+%", cut(value)) if re.search("[:.]", each)]
+            if left and len(job.warnings) < MAX_WARNINGS:
+                job.warnings.append(f"{where} has {show(left[0])}, which only the editor fills in")
+            if job.settings.comfyui_install_path:  # such files are read from there
+                continue
             if NOT_GIVEN.search(value.replace("\\", "/").rpartition("/")[2]):
                 raise bad_request(
-                    f"{name} of {node['class_type']} (node {node_id}) has .. or a control code in"
-                    f" {show(value)}: ComfyUI would not give such a file; choose another one"
+                    f"{where} has .. or a control code in {show(value)}:"
+                    " ComfyUI would not give such a file; choose another one"
                 )
 
 
@@ -1879,6 +1926,8 @@ OLDEST_COMFYUI = (0, 3, 45)  # July 2025: the first one that lets the caller cho
 RECONNECT_SECONDS = 0.5
 CANCEL_TRIES = 3
 MAX_SUBMITS = 2  # of a prompt that ComfyUI loses
+REPORT_SECONDS = 60  # between the lines that the log has about a long job
+SAMPLER_WEIGHT = 20  # in a job's progress: a step takes about as long as another node
 # The errors after which, in the words of CUDA's documentation, the process must be relaunched.
 GPU_FAULT = re.compile(
     r"\A(?:(CUDA|HIP) error: (an illegal|device-side assert|unspecified launch|misaligned|hardware"
@@ -1912,7 +1961,7 @@ class PromptRunner:
             try:
                 self._receive()
             except Exception as error:  # whatever a server sends, the next one has to be heard
-                self._on_websocket_lost(str(error))
+                self._on_websocket_lost(describe_error(error))
             pause.wait(RECONNECT_SECONDS)  # nobody tells when a server comes up
 
     def _receive(self) -> None:
@@ -1960,9 +2009,9 @@ class PromptRunner:
 
     def _on_websocket_lost(self, error: str) -> None:
         if self._client_id:
-            log.warning("lost the connection to ComfyUI: %s", error)
+            log.warning("lost the connection to %s: %s", self._api.name, error)
         elif error != self._last_error:
-            log.warning("cannot reach ComfyUI: %s", error)
+            log.warning("cannot reach %s: %s", self._api.name, error)
         self._last_error, self._client_id = error, ""
         self._api.reset()
         self._health.disconnected()
@@ -1970,7 +2019,8 @@ class PromptRunner:
         is_given_up = self._health.needs_restart
         if is_given_up and not self._has_given_up and not self._health.fault:  # which was logged
             log.error(
-                "WORKER_ERROR: ComfyUI is not back in order after %g s",
+                "WORKER_ERROR: %s is not back in order after %g s",
+                self._api.name,
                 self._settings.comfyui_return_timeout,
             )
         self._has_given_up = is_given_up
@@ -1985,8 +2035,9 @@ class PromptRunner:
             is_step = kind in ("execution_start", "execution_error") or _is_end(kind, data)
             # The rest shows now and then that the connection lives.
             is_due = monotonic() - self._forwarded_at > self._settings.comfyui_silence_timeout / 2
-            if job.on_event and kind == "progress_state":
-                is_due = is_due or not job.node_states  # else one is in the inbox already
+            if kind == "progress_state":
+                # Where somebody listens and none is in the inbox already.
+                is_due = is_due or (job.on_event is not None and not job.node_states)
                 job.node_states = data["nodes"]
             if is_step or is_due or (job.on_event and kind == "execution_cached"):
                 self._forward(job, Notice(kind, data))
@@ -2090,12 +2141,16 @@ class PromptRunner:
         """
         progress = Progress(job)
         job.deadline = job.stuck_at = math.inf
+        began = reported_at = monotonic()
         while True:
             # ComfyUI tells nothing more to a client whose connection was lost: it has to be asked.
             is_told = client_id != "" and client_id == self._client_id
             pause = self._settings.comfyui_silence_timeout if is_told else LOOK_UP_SECONDS
             notice = job.next_notice(max(0, min(pause, job.deadline - monotonic())))
             self._on_notice(job, progress, notice)
+            if monotonic() > reported_at + REPORT_SECONDS:
+                reported_at = monotonic()
+                log.info("job %s runs for %d s%s", job.id, reported_at - began, progress.summary)
             if _is_end(notice.type, notice.data):
                 return True
             if notice.type in ("silence", "connection_lost", "connected"):
@@ -2245,47 +2300,52 @@ def _is_end(kind: str, data: JsonObject) -> bool:
 
 
 class Progress:
-    """How far a job is: cached nodes count as done, and steps as parts of their node.
+    """How far a job is, in percent of what there is to do: steps are parts of their node.
 
-    Nodes that no accepted output depends on do not count.
+    A node with a seed or a latent_image, as samplers have, weighs SAMPLER_WEIGHT, any other 1. What
+    is cached weighs nothing, so that the bar begins near 0; so does what no accepted output needs.
     """
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._needed: dict[str, bool] = {}  # node id: whether it is cached
+        self._weights: dict[str, int] = {}  # by node id
+        self.summary = ""  # for the log
 
     def begin(self, output_nodes: list[str], cached: list[str]) -> None:
         """Takes the ids of the nodes that the job is run for, and of those that are cached."""
         graph, ahead = self._job.workflow, list(output_nodes)
         while ahead:
             node_id = ahead.pop()
-            if node_id in self._needed:
+            if node_id in self._weights:
                 continue
-            self._needed[node_id] = node_id in cached
-            links = () if node_id in cached else graph[node_id]["inputs"].values()
-            links = [each for each in links if isinstance(each, list) and len(each) == 2]
+            self._weights[node_id] = 0
+            if node_id in cached:
+                continue
+            inputs = graph[node_id]["inputs"]
+            is_sampler = inputs.keys() & {"seed", "latent_image"}
+            self._weights[node_id] = SAMPLER_WEIGHT if is_sampler else 1
+            links = [each for each in inputs.values() if isinstance(each, list) and len(each) == 2]
             ahead += [node_id for node_id, _ in links if node_id in graph]
-        self.update({})
 
     def update(self, states: JsonObject) -> None:
         """Takes the states of nodes that have begun: {id: {"value": …, "max": …, "state": …}}."""
         done = 0.0
-        for node_id, is_cached in self._needed.items():
-            state = states.get(node_id, {"value": 0, "max": 1})
-            done += 1 if is_cached else min(1, state["value"] / (state["max"] or 1))
-        percent = round(100 * done / (len(self._needed) or 1), 1)
+        for node_id, state in states.items():
+            done += self._weights.get(node_id, 0) * min(1, state["value"] / (state["max"] or 1))
+        percent = round(100 * done / (sum(self._weights.values()) or 1), 1)
         self._job.percent = max(self._job.percent, percent)  # a job that is run again begins anew
         # The node that runs, else the one that began last; the submitted one if it expanded.
-        by_state = sorted(states.items(), key=lambda each: each[1]["state"] == "running")
-        node_id, state = by_state[-1] if by_state else ("", {})
+        node_id, state = sorted(states.items(), key=lambda each: each[1]["state"] == "running")[-1]
         node_id = state.get("display_node_id", node_id)
         node_type = self._job.workflow.get(str(node_id), {}).get("class_type")
+        value, end = state["value"], state["max"]
+        self.summary = f": {node_type} (node {node_id}), {value} of {end}"
         self._job.notify(
             "progress",
-            node_id=node_id or None,
+            node_id=node_id,
             node_type=node_type,
-            value=state.get("value"),
-            max=state.get("max"),
+            value=value,
+            max=end,
             percent=self._job.percent,
         )
 
@@ -2422,7 +2482,7 @@ def choose_answer_file(job: Job, api: ComfyUIApi) -> None:
     for output in job.files:
         conversion = conversion_of(job, output)
         is_fit = any(fnmatch.fnmatchcase(each, accept) for each in types_of(output))
-        if not is_fit and accept in ("image/webp", "image/jpeg"):
+        if not is_fit and accept in CONVERTED_TYPES:
             is_fit = is_still_image(output, job.history)
             conversion = f"{accept.removeprefix('image/')};{job.request.output_quality}"
         if is_fit:
@@ -2468,7 +2528,8 @@ def _upload_failed(settings: Settings, output: Output, error: Exception) -> Exce
         text = text.replace(key, "***") if key else text
     text = re.sub(r"(?i)(signature=)[\w%]+", r"\1***", cut(text))
     output["upload_error"] = scrub(text)
-    message = f"S3 did not take {show(output['filename'])}: {output['upload_error']}"
+    where = f"the S3 bucket {settings.s3_bucket_name}"
+    message = f"{where} did not take {show(output['filename'])}: {output['upload_error']}"
     return JobError(502, "upload_failed", message)
 
 
@@ -2677,7 +2738,7 @@ class WebhookQueue:
         except (ValueError, PermissionError) as error:  # refused, or not allowed
             is_over, trouble = True, str(error)
         except (*CONNECTION_LOST, UnicodeError) as error:  # UnicodeError: of a host's name
-            trouble = f"failed: {error}"
+            trouble = f"failed: {describe_error(error)}"
         finally:
             self._end_try(owed)
         if not trouble:
@@ -2940,13 +3001,18 @@ class Worker:
     def end(self, job: Job, error: JobError | None = None) -> Answer:
         """Counts and logs the job, sends its webhook; returns the HTTP status and the envelope."""
         answer = envelope(job, error)
-        summary = f"{error.type} ({error.status}): {answer['message']}" if error else "completed"
-        timings = [f"{name} {answer['timings'][name]}" for name in (*TIMINGS, "total_ms")]
-        log.info("job %s %s; %s", job.id, summary, ", ".join(timings))
-        self._count_job(job, error.type if error else "completed")
+        status, outcome = (error.status, error.type) if error else (200, "completed")
+        level = logging.WARNING if error else logging.INFO
+        if job.id:
+            timings = [f"{name} {answer['timings'][name]}" for name in (*TIMINGS, "total_ms")]
+            told = (job.id, outcome, status, answer["message"], ", ".join(timings))
+            log.log(level, "job %s %s (%d): %s; %s", *told)
+        else:  # of a stranger: nothing of what it sent
+            log.log(level, "a request was refused: %s (%d)", outcome, status)
+        self._count_job(job, outcome)
         if job.was_queued and job.settings.webhook_url:
             self._owe_webhook(make_webhook(job, answer))
-        return error.status if error else 200, answer
+        return status, answer
 
     # Before the GPU
 
@@ -2957,8 +3023,7 @@ class Worker:
             self._check_targets(job)
             if job.request.modifier:
                 self._build_workflow(job)
-            if not job.settings.comfyui_install_path:  # else such files are read from there
-                check_prefixes(job.workflow)
+            check_prefixes(job)
             self._fetch_inputs(job)
             job.request = replace(job.request, modifications={}, workflow_json={})
 
@@ -2966,7 +3031,7 @@ class Worker:
         if self.state != "ready":
             self.api.probe()  # what is known may be old, where nobody probes
         if self.state != "ready":
-            raise unavailable(self.state)
+            raise unavailable(self.state, self.api.name)
 
     def _check_targets(self, job: Job) -> None:
         """400 where outputs or the webhook could not be delivered."""
@@ -3028,7 +3093,7 @@ class Worker:
             with file:
                 return self.api.upload_input(file, name)
         except CONNECTION_LOST:  # the job is not queued yet: it can go to another worker
-            raise unavailable("unreachable") from None
+            raise unavailable("unreachable", self.api.name) from None
 
     # On the GPU, and after
 
@@ -3053,6 +3118,7 @@ class Worker:
             try:
                 with job.timed("queue_ms"):
                     self._queue.wait_for_turn(job)
+                log.info("job %s starts on the GPU", job.id)
                 with job.timed("generation_ms"):
                     self.runner.run(job)
             finally:
@@ -3267,7 +3333,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     raise bad_request("a header of the request is malformed")
                 self._route()
             except JobError as error:
-                self._send_json(error.status, envelope(Job(), error))
+                self._send_json(*self.server.worker.end(Job(), error))
 
     def _route(self) -> None:
         worker = self.server.worker
@@ -3295,7 +3361,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise JobError(
                 401,
                 "unauthorized",
-                "send the worker's token in the header 'Authorization: Bearer <token>'",
+                f"the token is {'wrong' if given else 'missing'}: send the worker's"
+                " in the header 'Authorization: Bearer <token>'",
             )
         if path == "/metrics":
             body = worker.render_metrics().encode()
@@ -3393,7 +3460,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 "Content-Length": str(output["size"]),
                 "Content-Disposition": f'inline; filename="{name}"',
                 "X-Request-Id": str(job.id),
+                "X-Warnings": str(len(job.warnings)),
             }
+            seeds_json = json.dumps(seeds(job.workflow), separators=(",", ":"))
+            if len(seeds_json) <= MAX_MESSAGE:  # proxies refuse long heads
+                headers["X-Seeds"] = seeds_json
             self.send_head(200, headers)
             shutil.copyfileobj(file, self.wfile)
             self.wfile.flush()
@@ -3426,7 +3497,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "invalid_request",
             f"the request cannot be read: {message or self.responses[code][0]}",
         )
-        self._send_json(code, envelope(Job(), error))
+        self._send_json(*self.server.worker.end(Job(), error))
 
     def version_string(self) -> str:
         """The Server header."""
@@ -3536,7 +3607,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         try:
             super().process_request(request, client_address)
         except RuntimeError:
-            body = b"".join(encode(envelope(Job(), NO_THREADS)))
+            body = b"".join(encode(self.worker.end(Job(), NO_THREADS)[1]))
             head = (
                 f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: {JSON}\r\nRetry-After: 5\r\n"
                 f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -3630,20 +3701,18 @@ def main() -> None:
         sys.exit(f"WORKER_ERROR: {error}")
     except OSError as error:
         where = f"{settings.worker_host} port {settings.port} (see --port)"
-        sys.exit(f"WORKER_ERROR: cannot listen on {where}: {error}")
+        sys.exit(f"WORKER_ERROR: cannot listen on {where}: {describe_error(error)}")
     for number in (SIGTERM, SIGINT):
         signal(number, partial(_stop, server))
     _fit_the_system()
     log.info("ComfyUI PyWorker %s listens on http://%s:%s", __version__, *server.server_address[:2])
-    start_thread("warnings", _warn, settings)
+    start_thread("warnings", _warn, server.worker.api)
     log.info(
         "modifiers: %s",
         ", ".join(server.worker.modifiers) or "none, as modifiers.py is not beside pyworker.py",
     )
-    log.info(
-        "waiting for ComfyUI at %s; to start one: python main.py in its folder",
-        settings.comfyui_api_base,
-    )
+    name = server.worker.api.name
+    log.info("waiting for %s; to start one: python main.py in its folder", name)
     start_thread("websocket", server.worker.runner.listen)
     server.serve_forever()
     logging.shutdown()
@@ -3653,11 +3722,13 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     listed = []
     for each in fields(Settings):
+        if each.name in SETTING_GROUPS:
+            listed.append(f"\n{SETTING_GROUPS[each.name]}:")
         default = f" [{each.default}]" if each.default else ""
         listed.append(f"  {each.name.upper():26}{each.metadata['help']}{default}")
     parser = argparse.ArgumentParser(
         description="Turns a ComfyUI into an HTTP API: POST /generate/sync runs a workflow.",
-        epilog="\n".join(["environment:", *listed]),
+        epilog="\n".join(["environment variables, with their defaults:", *listed]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
@@ -3678,8 +3749,9 @@ def _set_up_log() -> None:
     )
 
 
-def _warn(settings: Settings) -> None:
+def _warn(api: ComfyUIApi) -> None:
     """Warns of settings that are valid but probably not meant."""
+    settings, modifiers = api.settings, load_modifiers()
     if settings.worker_host not in ("127.0.0.1", "::1", "localhost") and not settings.auth_token:
         log.warning(
             "AUTH_TOKEN is not set: whoever reaches %s can use the GPU", settings.worker_host
@@ -3692,6 +3764,8 @@ def _warn(settings: Settings) -> None:
         path = getattr(settings, name)
         if path and not os.path.exists(path):
             log.warning("%s leads nowhere: %s", name.upper(), path)
+    for fault in modifiers.file_faults(api) if modifiers else ():
+        log.warning("%s; jobs that ask for it will be refused", fault)
     if settings.s3_bucket_name:
         try:
             s3_client(settings)  # which the first job need not make then
