@@ -7,6 +7,7 @@
 
     POST /generate/sync   runs one ComfyUI workflow and answers when its outputs are delivered
     GET  /health          tells the platform whether the worker is in order
+    GET  /ping            tells a load balancer the same by its status alone
     GET  /metrics         tells Prometheus what it has done
 
 What was asked is read once into a frozen `Request`. A `Job` carries it: the files that its workflow
@@ -244,6 +245,9 @@ class Settings:
 
     worker_host: str = _setting(read_text, "address to listen on", "127.0.0.1")
     port: int = _setting(number_reader(0, 65535, int), "port to listen on", 8000)
+    port_health: int = _setting(
+        number_reader(0, 65535, int), "a second port, for platforms that probe one; 0: none", 0
+    )
     auth_token: str = _setting(
         read_plain, "what clients have to send as 'Authorization: Bearer <token>'"
     )
@@ -302,6 +306,7 @@ class Settings:
         read_plain, "S3 key; with neither key set, boto3's own chain is used"
     )
     s3_secret_access_key: str = _setting(read_plain, "its secret")
+    s3_session_token: str = _setting(read_plain, "their token, if they are temporary")
     s3_bucket_name: str = _setting(read_plain, "bucket; naming one turns S3 on")
     s3_endpoint_url: str = _setting(read_url, "S3 server; empty: AWS")
     s3_region: str = _setting(read_plain, "its region")
@@ -315,6 +320,7 @@ class Settings:
     s3_url_expires: int = _setting(
         number_reader(1, 604800, int), "seconds that a presigned URL is valid", 604800
     )
+    s3_public_url: str = _setting(read_url, "where the bucket is public; empty: URLs are presigned")
     webhook_url: str = _setting(read_url, "gets a POST when a job that was queued ends")
     webhook_timeout: float = _setting(
         read_timeout, "seconds until a webhook's receiver counts as silent", 30.0
@@ -342,12 +348,22 @@ class Settings:
             given[variable] = _parse_variable(environ.get(variable, "").strip(), each.default)
             readers[variable] = each.metadata["read"]
         values = read_fields(given, readers)
-        settings = cls(**{variable.lower(): value for variable, value in values.items()})
-        if bool(settings.s3_access_key_id) != bool(settings.s3_secret_access_key):
+        settings = {variable.lower(): value for variable, value in values.items()}
+        if not are_keys_paired(settings):
             raise ValueError(
-                "S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY come in pairs: set both or neither"
+                "S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY come in pairs: set both or neither;"
+                " S3_SESSION_TOKEN needs both"
             )
-        return settings
+        return cls(**settings)
+
+
+S3_KEYS = ("s3_access_key_id", "s3_secret_access_key", "s3_session_token")
+
+
+def are_keys_paired(given: Container[str]) -> bool:
+    """Whether both S3 keys are among the settings that are given, or neither they nor a token."""
+    found = [name in given for name in S3_KEYS]
+    return all(found[:2]) or not any(found)
 
 
 def _parse_variable(text: str, default: Any) -> Any:
@@ -632,8 +648,8 @@ OVERRIDE_READERS = {"comfy_org_api_key": SETTING_READERS["comfy_org_api_key"]}
 GROUPS = {
     "s3": {
         **{
-            name: SETTING_READERS[f"s3_{name}"]
-            for name in ("access_key_id", "secret_access_key", "endpoint_url", "region")
+            name.removeprefix("s3_"): SETTING_READERS[name]
+            for name in (*S3_KEYS, "s3_endpoint_url", "s3_region")
         },
         # An ARN in a bucket's place would choose another endpoint.
         "bucket_name": pattern_reader(
@@ -666,6 +682,7 @@ class Job:
     """What becomes of a request on its way to its answer."""
 
     id: str | None = None  # the request's; None while its body is not read
+    is_id_given: bool = False  # by the client, who may use it twice
     request: Request = field(default_factory=Request)
     connection: socket.socket | None = None  # the client's
     on_event: Callable[[str, JsonObject], None] | None = None  # takes an event's name and data
@@ -767,18 +784,24 @@ def read_request(job: Job, body: JsonObject, headers: dict[str, str], settings: 
     """
     job.id = str(uuid4())
     given = body["input"]
-    unknown = _unknown(given, INPUT_FIELDS)
+    unknown, has_idle_webhook = _unknown(given, INPUT_FIELDS), False
     try:
-        job.id = read_fields(given, ID_READERS).get("request_id", job.id)
+        ids = read_fields(given, ID_READERS)
+        job.id, job.is_id_given = ids.get("request_id", job.id), bool(ids)
         own = read_fields(given, OVERRIDE_READERS)
         for group, readers in GROUPS.items():
             inner = read_fields(given, {group: read_object}).get(group, {})
             unknown += _unknown(inner, readers, f"{group}.")
+            if group == "webhook" and not (inner.get("url") or settings.webhook_url):
+                has_idle_webhook = any(value not in BLANK for value in inner.values())
+                continue  # what its other fields say does not matter
             for name, value in read_fields(inner, readers, f"{group}.").items():
                 own[f"{group}_{name}"] = value
         values = read_fields(headers, REQUEST_READERS) | read_fields(given, REQUEST_READERS)
     except ValueError as error:
         raise bad_request(str(error)) from None
+    if has_idle_webhook:
+        job.warnings.append("no webhook is sent: neither webhook.url nor WEBHOOK_URL is set")
     misplaced = [f"{name}, beside input," for name in body if name in INPUT_FIELDS]
     for name in [*unknown, *misplaced][:MAX_WARNINGS]:
         job.warnings.append(f"{name} is no field of a request; it was ignored")
@@ -793,7 +816,10 @@ def read_request(job: Job, body: JsonObject, headers: dict[str, str], settings: 
     is_converted = job.request.output_format or job.request.accept in CONVERTED_TYPES
     if "output_quality" in values and not is_converted:
         job.warnings.append("output_quality does nothing without output_format; it was ignored")
-    _check_webhook(job)
+    if job.request.is_async and not settings.webhook_url:
+        raise bad_request(
+            "Prefer: respond-async needs a webhook: give webhook.url, or set WEBHOOK_URL"
+        )
 
 
 def _unknown(given: JsonObject, known: Iterable[str], prefix: str = "") -> list[str]:
@@ -828,10 +854,15 @@ def _override(settings: Settings, own: JsonObject) -> tuple[Settings, frozenset[
     Keys come in pairs, and the operator's secrets only go to the operator's servers.
     """
     changed = {name for name, value in own.items() if value != getattr(settings, name)}
-    if ("s3_access_key_id" in own) != ("s3_secret_access_key" in own):
+    if not are_keys_paired(own):
         raise bad_request(
-            "s3.access_key_id and s3.secret_access_key come in pairs: give both or neither"
+            "s3.access_key_id and s3.secret_access_key come in pairs: give both or neither;"
+            " s3.session_token needs both"
         )
+    if "s3_access_key_id" in own:
+        own = {"s3_session_token": "", **own}
+    if changed & {"s3_bucket_name", "s3_endpoint_url"}:
+        own = {"s3_public_url": "", **own}
     if "webhook_url" in changed:
         own = {"webhook_secret": b"", **own}
     result = replace(settings, **own)
@@ -845,19 +876,6 @@ def _override(settings: Settings, own: JsonObject) -> tuple[Settings, frozenset[
             " this worker has no keys for it"
         )
     return result, frozenset(changed)
-
-
-def _check_webhook(job: Job) -> None:
-    """400 where a webhook is needed and there is none; a warning where its fields are useless."""
-    request = job.request
-    if request.settings.webhook_url:
-        return
-    if request.is_async:
-        raise bad_request(
-            "Prefer: respond-async needs a webhook: give webhook.url, or set WEBHOOK_URL"
-        )
-    if request.extra_params or {"webhook_timeout", "webhook_secret"} & request.overridden:
-        job.warnings.append("no webhook is sent: neither webhook.url nor WEBHOOK_URL is set")
 
 
 def seeds(graph: Graph) -> dict[str, int]:
@@ -2198,12 +2216,14 @@ class PromptRunner:
     def _watch_interrupted(self, prompt_id: str) -> None:
         """Returns when ComfyUI has let go of the prompt; one that does not runs nothing more."""
         stuck_at, pause = monotonic() + self._settings.comfyui_stuck_timeout, Event()
+        is_stuck = False
         while self._is_running(prompt_id):
             if monotonic() > stuck_at and not self._health.is_failing:
                 self._on_stuck(prompt_id)
+                is_stuck = True
             pause.wait(LOOK_UP_SECONDS)
         self._interrupted.discard(prompt_id)
-        if self._health.fault == prompt_id:
+        if is_stuck and self._health.fault == prompt_id:
             self._health.mended()
 
     def _is_running(self, prompt_id: str) -> bool:
@@ -2381,22 +2401,21 @@ def deliver(job: Job, api: ComfyUIApi) -> None:
 
 def deliver_files(job: Job, api: ComfyUIApi, is_shown: bool) -> None:
     """Delivers the job's files, a few at a time. is_shown: somebody will see the envelope."""
-    if len(job.files) == 1:  # without the cost of a thread
-        _deliver_file(job, api, is_shown, job.files[0])
+    keys = s3_keys(job)
+    deliver_one = partial(_deliver_file, job, api, is_shown)
+    if len(keys) == 1:  # without the cost of a thread
+        deliver_one(job.files[0], keys[0])
         return
     with ThreadPoolExecutor(PARALLEL_FILES) as pool:
-        deliveries = [
-            pool.submit(_deliver_file, job, api, is_shown, output) for output in job.files
-        ]
-    for each in deliveries:  # all have ended
-        each.result()
+        deliveries = pool.map(deliver_one, job.files, keys)
+    list(deliveries)  # all have ended
 
 
-def _deliver_file(job: Job, api: ComfyUIApi, is_shown: bool, output: Output) -> None:
+def _deliver_file(job: Job, api: ComfyUIApi, is_shown: bool, output: Output, key: str) -> None:
     if path := find_local(job.settings.comfyui_install_path, output):
         output["local_path"] = path
     try:
-        api.retry_while_away(job, lambda: _deliver_content(job, api, is_shown, output))
+        api.retry_while_away(job, lambda: _deliver_content(job, api, is_shown, output, key))
     except JobError as error:
         if "upload_error" not in output:
             output["error"] = error.message
@@ -2412,12 +2431,12 @@ def find_local(comfyui_folder: str, output: Output) -> str:
     return path if path.startswith(root + os.sep) and os.path.isfile(path) else ""
 
 
-def _deliver_content(job: Job, api: ComfyUIApi, is_shown: bool, output: Output) -> None:
+def _deliver_content(job: Job, api: ComfyUIApi, is_shown: bool, output: Output, key: str) -> None:
     """Uploads or embeds the file. Called again, it does not send again what S3 has taken."""
     conversion = conversion_of(job, output)
     try:
         if job.settings.s3_bucket_name and "url" not in output:
-            upload_to_s3(job, api, output, conversion)
+            upload_to_s3(job, api, output, conversion, key)
     finally:  # the work is not lost when S3 fails
         if job.request.return_outputs_as_base64 or "url" not in output:
             _embed(job, api, is_shown, output, conversion)
@@ -2442,10 +2461,10 @@ def _embed(job: Job, api: ComfyUIApi, is_shown: bool, output: Output, conversion
 def conversion_of(job: Job, output: Output) -> str:
     """What /view is to convert the file to, such as "webp;90"; empty where it stays as it is."""
     request = job.request
-    is_fit = is_still_image(output, job.history) and not NOT_GIVEN.search(output["filename"])
-    if not request.output_format or not is_fit:
+    if not request.output_format or NOT_GIVEN.search(output["filename"]):
         return ""
-    return f"{request.output_format};{request.output_quality}"
+    is_fit = is_still_image(output, job.history)
+    return f"{request.output_format};{request.output_quality}" if is_fit else ""
 
 
 def delivered_name(output: Output, conversion: str) -> str:
@@ -2496,14 +2515,31 @@ def choose_answer_file(job: Job, api: ComfyUIApi) -> None:
 # S3
 
 
-def upload_to_s3(job: Job, api: ComfyUIApi, output: Output, conversion: str) -> None:
+def s3_keys(job: Job) -> list[str]:
+    """The S3 key of each of the job's files; one that is taken gets the file's place behind it.
+
+    Files of one name differ in their type, or in the extension that a conversion replaces. Their
+    order, and so their keys, is the same when the job is run again.
+    """
+    keys: list[str] = []
+    for output in job.files:
+        folders = output["subfolder"].replace("\\", "/").split("/")
+        parts = [str(job.id), *folders, delivered_name(output, conversion_of(job, output))]
+        key = job.settings.s3_prefix + "/".join(part for part in parts if part)
+        while key in keys:
+            stem, extension = os.path.splitext(key)
+            key = f"{stem}-{len(keys) + 1}{extension}"
+        keys.append(key)
+    return keys
+
+
+def upload_to_s3(job: Job, api: ComfyUIApi, output: Output, conversion: str, key: str) -> None:
     """Streams the file from ComfyUI to S3 and sets its url; else its upload_error, and raises."""
     from boto3.s3.transfer import TransferConfig
+    from botocore.exceptions import ClientError
 
     settings = job.settings
-    folders = output["subfolder"].replace("\\", "/").split("/")
-    parts = [str(job.id), *folders, delivered_name(output, conversion)]
-    key = settings.s3_prefix + "/".join(part for part in parts if part)
+    where = {"Bucket": settings.s3_bucket_name, "Key": key}
     client = s3_client(settings, "s3_endpoint_url" in job.request.overridden)
     # Without threads, a stream is uploaded in 8 MB of memory instead of 120.
     config = TransferConfig(use_threads=False)
@@ -2511,10 +2547,16 @@ def upload_to_s3(job: Job, api: ComfyUIApi, output: Output, conversion: str) -> 
         every_error_as(partial(_upload_failed, settings, output)),
         api.view(output, conversion) as file,
     ):
+        if job.is_id_given:
+            with suppress(ClientError):  # there is none, or the keys may not read
+                client.head_object(**where)
+                job.warnings.append(f"S3 had {show(key)} already: it is replaced")
         more = {"ContentType": output["mimetype"]}
         client.upload_fileobj(file, settings.s3_bucket_name, key, more, Config=config)
-    where = {"Bucket": settings.s3_bucket_name, "Key": key}
-    output["url"] = client.generate_presigned_url("get_object", where, settings.s3_url_expires)
+    if base := settings.s3_public_url:
+        output["url"] = f"{base.rstrip('/')}/{quote(key)}"
+    else:
+        output["url"] = client.generate_presigned_url("get_object", where, settings.s3_url_expires)
     output.pop("upload_error", None)  # of a try before this one
 
 
@@ -2524,7 +2566,8 @@ def _upload_failed(settings: Settings, output: Output, error: Exception) -> Exce
     if isinstance(error, CONNECTION_LOST) and not isinstance(error, BotoCoreError):
         return error  # ComfyUI's connection was lost: boto3 has errors of its own for that to S3
     text = str(error)
-    for key in (settings.s3_secret_access_key, settings.s3_access_key_id):
+    for name in reversed(S3_KEYS):
+        key = getattr(settings, name)
         text = text.replace(key, "***") if key else text
     text = re.sub(r"(?i)(signature=)[\w%]+", r"\1***", cut(text))
     output["upload_error"] = scrub(text)
@@ -2535,8 +2578,7 @@ def _upload_failed(settings: Settings, output: Output, error: Exception) -> Exce
 
 MAX_S3_ANSWER_BYTES = 1 << 20
 S3_CLIENT_SETTINGS = (
-    "s3_access_key_id",
-    "s3_secret_access_key",
+    *S3_KEYS,
     "s3_endpoint_url",
     "s3_region",
     "s3_connect_timeout",
@@ -2577,9 +2619,7 @@ def _s3_client(settings: Settings, is_direct: bool) -> Any:
     )
     region = settings.s3_region or ("us-east-1" if endpoint else None)
     try:
-        session = boto3.Session(
-            settings.s3_access_key_id or None, settings.s3_secret_access_key or None
-        )
+        session = boto3.Session(*(getattr(settings, name) or None for name in S3_KEYS))
         client = session.client("s3", region, endpoint_url=endpoint, config=config)
         client.meta.events.register("before-send.s3", partial(_send_to_s3, client))
         has_keys = session.get_credentials() is not None
@@ -3292,6 +3332,7 @@ ROUTES = {
     "/generate/sync": ["POST"],
     "/health": GET_METHODS,
     "/health/live": GET_METHODS,
+    "/ping": GET_METHODS,
     "/metrics": GET_METHODS,
 }
 REPLACED_EVENTS = ("progress", "preview")
@@ -3353,8 +3394,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 f"{path} takes {' or '.join(ROUTES[path])}",
                 allow=ROUTES[path],
             )
-        if path.startswith("/health"):
-            self._send_json(*worker.describe_health(is_liveness=path == "/health/live"))
+        if path in ("/health", "/health/live", "/ping"):
+            status, health = worker.describe_health(is_liveness=path == "/health/live")
+            if path == "/ping" and health["status"] == "starting":
+                self.send_head(204, {"Connection": "close"})  # it may have no Content-Length
+            else:
+                self._send_json(status, health)
             return
         token, given = worker.settings.auth_token, self.headers.get("Authorization", "")
         if token and not hmac.compare_digest(f"Bearer {token}".encode(), given.encode("latin-1")):
@@ -3581,12 +3626,22 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     allow_reuse_address = True
     request_queue_size = 1024  # connections that arrive together; the kernel may allow fewer
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, port: int) -> None:
         self.worker = worker
         self._has_closed = Event()
         host = worker.settings.worker_host
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, worker.settings.port), Handler)
+        try:
+            super().__init__((host, port), Handler)
+        except OSError as error:
+            message = f"cannot listen on {host} port {port} (see --port): {describe_error(error)}"
+            raise ValueError(message) from None
+
+    def server_bind(self) -> None:
+        """Binds the address; :: stands for those of IPv4 as well, whatever the system's default."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
 
     def stop(self) -> None:
         """Returns once the worker has come to its end."""
@@ -3696,12 +3751,12 @@ def main() -> None:
     _set_up_log()
     try:
         settings = Settings.read({**os.environ, **given})
-        server = Server(Worker(settings))
+        server = Server(Worker(settings), settings.port)
+        if settings.port_health not in (0, settings.port):
+            second = Server(server.worker, settings.port_health)
+            start_thread("health", second.serve_forever)
     except ValueError as error:
         sys.exit(f"WORKER_ERROR: {error}")
-    except OSError as error:
-        where = f"{settings.worker_host} port {settings.port} (see --port)"
-        sys.exit(f"WORKER_ERROR: cannot listen on {where}: {describe_error(error)}")
     for number in (SIGTERM, SIGINT):
         signal(number, partial(_stop, server))
     _fit_the_system()

@@ -550,6 +550,18 @@ class Shapes:
         files = [self.save(f"sn_{n}.png"), self.save(f"sn_{n}.png", self.SMALL_PNG, kind="input")]
         return {"images": files}
 
+    def three_kinds(self, n):
+        made = {"png": 16, "jpg": 24, "bmp": 32}
+        return {
+            "images": [
+                self.save(
+                    f"k_{n}.{end}",
+                    encoded(Image.new("RGB", (size, size)), {"jpg": "JPEG"}.get(end, end.upper())),
+                )
+                for end, size in made.items()
+            ]
+        }
+
     def twice(self, n):
         file = self.save(f"tw_{n}.png")
         return {"images": [file], "files": [file]}
@@ -2231,6 +2243,14 @@ class Tunnel:
                 end.shutdown(socket.SHUT_RDWR)
 
 
+ALL_OF_S3 = json.dumps(
+    {
+        "Version": "2012-10-17",
+        "Statement": [{"Effect": "Allow", "Action": ["s3:*"], "Resource": ["*"]}],
+    }
+)
+
+
 @dataclass
 class S3:
     endpoint: str
@@ -2246,10 +2266,22 @@ class S3:
     def environ(self) -> dict[str, str]:
         return {f"S3_{name.upper()}": value for name, value in self.request.items()}
 
-    def client(self) -> Any:
+    def client(self, service: str = "s3") -> Any:
         import boto3  # takes a quarter of a second: the stand-in starts from this file, too
 
-        return boto3.client("s3", "us-east-1", None, True, None, self.endpoint, *self.keys)
+        return boto3.client(service, "us-east-1", None, True, None, self.endpoint, *self.keys)
+
+    def temporary(self) -> dict[str, str]:
+        """The request's settings with keys that are worth nothing without their token."""
+        made = self.client("sts").get_federation_token(
+            Name="client", DurationSeconds=900, Policy=ALL_OF_S3
+        )["Credentials"]
+        return {
+            **self.request,
+            "access_key_id": made["AccessKeyId"],
+            "secret_access_key": made["SecretAccessKey"],
+            "session_token": made["SessionToken"],
+        }
 
 
 @pytest.fixture(scope="session")
@@ -2267,8 +2299,10 @@ def seaweedfs(folder: pathlib.Path) -> Iterator[S3]:
         "name": "tests",
         "credentials": credentials,
         "actions": ["Admin", "Read", "Write", "List"],
+        "policyNames": ["all"],  # temporary keys may do what these policies allow
     }
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    policies = [{"name": "all", "content": ALL_OF_S3}]
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity], "policies": policies}))
     ports = {
         name: free_port()
         for name in ("master.port", "volume.port", "filer.port", "admin.port", "webdav.port")
@@ -2284,6 +2318,7 @@ def seaweedfs(folder: pathlib.Path) -> Iterator[S3]:
         f"-s3.config={folder / 's3.json'}",
         f"-bucket={s3.bucket}",
         "-master.telemetry=false",
+        "-s3.iam.readOnly=false",  # or it hands out no temporary keys
     ]
     weed = shutil.which(
         "weed", path=os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
@@ -3136,6 +3171,21 @@ class TestRequest:
             {"workflow_json": picture(), "webhook": {"url": "", "extra_params": {"a": 1}}}
         )
         assert answer.status == 200 and "no webhook is sent" in answer.json["warnings"][0]
+
+    def test_a_webhook_without_a_url_is_ignored_whatever_else_it_says(
+        self, start: Callable[..., Worker], worker: Worker, receiver: Receiver
+    ) -> None:
+        webhook = {"url": "", "secret": "plain text", "timeout": "long", "extra_params": "none"}
+        answer = worker.post({"workflow_json": picture(), "webhook": webhook})
+        assert answer.status == 200, answer.json
+        assert [each[:18] for each in answer.json["warnings"]] == ["no webhook is sent"]
+        refused = worker.post(
+            {"workflow_json": picture(), "webhook": {**webhook, "url": receiver.url}}
+        )
+        assert refused.status == 400 and "webhook." in refused.error["message"]
+        to_operator = start(WEBHOOK_URL=receiver.url)
+        refused = to_operator.post({"workflow_json": picture(), "webhook": webhook})
+        assert refused.status == 400, "it would go to the operator's URL"
 
     def test_the_serverless_envelope_is_accepted(self, worker: Worker) -> None:
         payload = {
@@ -4368,6 +4418,32 @@ def impatient(start: Callable[..., Worker], **variables: Any) -> Worker:
     return start(WEBHOOK_RETRY_PAUSES="0.05,0.1,0.2,0.4", **variables)
 
 
+def odd_s3(status: int, body: str = "") -> str:
+    """The URL of an S3 that answers each upload like this, and forbids all else."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.answer(status, body.encode())
+
+        def do_HEAD(self) -> None:
+            self.answer(403, b"")
+
+        def answer(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("ETag", '"0"')
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}"
+
+
 class TestDelivery:
     """Outputs on their way into answers, into S3 and to webhooks."""
 
@@ -4408,6 +4484,103 @@ class TestDelivery:
             "the operator's keys go to no endpoint that a request chose"
         )
         assert s3.keys[1] not in with_s3.log.read_text() + answer.body.decode()
+
+    def test_temporary_keys_go_to_s3_with_their_token(
+        self, start: Callable[..., Worker], worker: Worker, s3: S3
+    ) -> None:
+        """SeaweedFS hands them out, and knows them by their token alone."""
+        temporary = s3.temporary()
+        environ = {f"S3_{name.upper()}": value for name, value in temporary.items()}
+        with_token = start(**environ)
+        for answer in (
+            worker.post({"workflow_json": picture(), "s3": temporary}),
+            with_token.post({"workflow_json": picture()}),
+        ):
+            assert answer.status == 200, answer.json
+            assert fetch(answer.files[0]["url"]).body.startswith(PNG)
+        refused = worker.post(
+            {"workflow_json": picture(), "s3": {**temporary, "session_token": ""}}
+        )
+        assert refused.error["type"] == "upload_failed"
+        own = with_token.post({"workflow_json": picture(), "s3": s3.request})
+        assert own.status == 200 and temporary["session_token"] not in own.body.decode(), (
+            "a request's own keys got the operator's token"
+        )
+
+    def test_a_token_is_nothing_without_its_keys_and_is_never_shown(
+        self, worker: Worker, s3: S3
+    ) -> None:
+        token = "a-token-never-to-be-seen"
+        alone = {"bucket_name": s3.bucket, "session_token": token}
+        answer = worker.post({"workflow_json": picture(), "s3": alone})
+        assert answer.status == 400 and "s3.session_token needs both" in answer.error["message"]
+        echo = odd_s3(400, f"<Error><Code>No</Code><Message>{token}</Message></Error>")
+        wrong = {**s3.request, "endpoint_url": echo, "session_token": token}
+        failed = worker.post({"workflow_json": picture(), "s3": wrong})
+        assert failed.error["type"] == "upload_failed", failed.json
+        assert "***" in failed.files[0]["upload_error"], "S3 said it, and it was not hidden"
+        assert token not in (answer.body + failed.body).decode() + worker.log.read_text()
+
+    def test_a_public_url_takes_the_place_of_presigned_ones(
+        self, start: Callable[..., Worker], s3: S3
+    ) -> None:
+        public = start(**s3.environ, S3_PUBLIC_URL="https://cdn.example.com/x/", S3_PREFIX="a b/")
+        (file,) = public.post({"request_id": "public", "workflow_json": picture()}).files
+        base = "https://cdn.example.com/x/a%20b/public/"
+        assert file["url"] == base + urllib.parse.quote(file["filename"])
+        key = urllib.parse.unquote(file["url"].removeprefix("https://cdn.example.com/x/"))
+        assert s3.client().get_object(Bucket=s3.bucket, Key=key)["Body"].read().startswith(PNG)
+        elsewhere = {**s3.request, "endpoint_url": s3.endpoint.replace("127.0.0.1", "localhost")}
+        (file,) = public.post({"workflow_json": picture(), "s3": elsewhere}).files
+        assert fetch(file["url"]).body.startswith(PNG), "it lies elsewhere than S3_PUBLIC_URL says"
+
+    @pytest.mark.parametrize("shape", ["same_name", "twice"])
+    def test_two_outputs_of_one_name_have_keys_of_their_own(
+        self, odd_nodes: None, worker: Worker, s3: S3, comfyui_url: str, shape: str
+    ) -> None:
+        graph = {"1": node("Bug", shape=shape, n=8)}
+        one, other = worker.post({"workflow_json": graph, "s3": s3.request}).files
+        assert one["filename"] == other["filename"]
+        for file in (one, other):
+            assert fetch(file["url"]).body == as_written(comfyui_url, file), "it was overwritten"
+        names = [
+            urllib.parse.urlsplit(file["url"]).path.rpartition("/")[2] for file in (one, other)
+        ]
+        stem, extension = os.path.splitext(one["filename"])
+        assert names == [one["filename"], f"{stem}-2{extension}"]
+
+    def test_pictures_that_a_conversion_makes_alike_have_keys_of_their_own(
+        self, odd_nodes: None, worker: Worker, s3: S3
+    ) -> None:
+        graph = {"1": node("Bug", shape="three_kinds", n=9)}
+        job = {"workflow_json": graph, "s3": s3.request, "output_format": "webp"}
+        for _ in range(2):
+            files = worker.post(job).files
+            paths = [urllib.parse.urlsplit(file["url"]).path for file in files]
+            names = [path.rpartition("/")[2] for path in paths]
+            assert names == ["k_9.webp", "k_9-2.webp", "k_9-3.webp"], "another order each time?"
+            sizes = [Image.open(io.BytesIO(fetch(file["url"]).body)).size[0] for file in files]
+            assert sizes == [16, 24, 32]
+
+    def test_an_id_used_twice_overwrites_nothing_in_silence(
+        self, worker: Worker, s3: S3, receiver: Receiver
+    ) -> None:
+        hook = {"url": receiver.url}
+        job = {"request_id": "again", "workflow_json": picture(7, prefix="twice"), "webhook": hook}
+        first, second = (worker.post({**job, "s3": s3.request}) for _ in range(2))
+        assert (first.status, second.status) == (200, 200)
+        assert first.files[0]["filename"] == second.files[0]["filename"], "it was not cached"
+        assert first.json["warnings"] == []
+        (warning,) = second.json["warnings"]
+        assert f"again/{second.files[0]['filename']}' already: it is replaced" in warning
+        posts = receiver.wait_for(2)
+        assert len({headers["webhook-id"] for headers, _ in posts}) == 2, "one for each run"
+        assert [json.loads(body)["id"] for _, body in posts] == ["again", "again"]
+
+    def test_keys_that_may_only_write_are_enough(self, worker: Worker, s3: S3) -> None:
+        to_drop_box = {**s3.request, "endpoint_url": odd_s3(200)}
+        answer = worker.post({"request_id": "drop", "workflow_json": picture(), "s3": to_drop_box})
+        assert answer.status == 200 and answer.json["warnings"] == [], answer.json
 
     def test_an_upload_that_fails_keeps_the_picture(
         self, worker: Worker, s3: S3, comfyui_url: str
@@ -7635,6 +7808,20 @@ UNCLEAR_LENGTHS = [
 ]
 
 
+ONLY_V6 = """
+import socket, sys
+class Socket(socket.socket):  # as where net.ipv6.bindv6only is 1
+    def __init__(self, family=-1, *more, **options):
+        super().__init__(family, *more, **options)
+        if self.family == socket.AF_INET6 and not options.get("fileno"):
+            self.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+socket.socket = Socket
+sys.argv = ["pyworker.py"]
+import pyworker
+pyworker.main()
+"""
+
+
 class TestHTTP:
     """Health, metrics, and HTTP as clients and strangers speak it."""
 
@@ -7654,6 +7841,51 @@ class TestHTTP:
             told["comfyui"].keys() == {"url", "version", "device", "vram_free"}
             and told["comfyui"]["version"]
         )
+
+    def test_ping_tells_a_load_balancer_by_its_status(
+        self, start: Callable[..., Worker], tmp_path: pathlib.Path
+    ) -> None:
+        port = free_port()
+        pinged = start(
+            ready=False,
+            COMFYUI_API_BASE=f"http://127.0.0.1:{port}",
+            AUTH_TOKEN="token",
+            UNREACHABLE_AFTER=0.1,
+        )
+        ping = f"{pinged.url}/ping"
+        starting = fetch(ping)
+        assert (starting.status, starting.body) == (204, b"")
+        assert "Content-Length" not in starting.headers, "a 204 may not have one"
+        with stand_in(port, tmp_path):
+            pinged.wait_until("ready")
+            assert fetch(ping).status == 200
+        wait_for("ComfyUI is missed", lambda: fetch(ping).status == 503)
+        assert fetch(ping, {}).status == 405
+
+    def test_a_second_port_answers_probes(self, start: Callable[..., Worker]) -> None:
+        port = free_port()
+        probed = start(PORT_HEALTH=port)
+        assert fetch(f"http://127.0.0.1:{port}/ping").status == 200
+        taken = subprocess.run(
+            [sys.executable, "pyworker.py"],
+            env={**os.environ, "PORT": "0", "PORT_HEALTH": probed.url.rpartition(":")[2]},
+            capture_output=True,
+            text=True,
+            cwd=HERE,
+            timeout=60,
+        )
+        assert taken.returncode == 1
+        assert f"cannot listen on 127.0.0.1 port {probed.url.rpartition(':')[2]}" in taken.stderr
+
+    def test_a_worker_on_all_addresses_serves_both_kinds(
+        self, start: Callable[..., Worker]
+    ) -> None:
+        """Also where the system's default is to hear only IPv6 there."""
+        if not pathlib.Path("/proc/net/if_inet6").exists():
+            pytest.skip("this machine has no IPv6")
+        port = start(WORKER_HOST="::", command=("-c", ONLY_V6)).url.rpartition(":")[2]
+        for host in ("127.0.0.1", "[::1]"):
+            assert fetch(f"http://{host}:{port}/health").status == 200
 
     def test_probes_do_not_load_comfyui(
         self, start: Callable[..., Worker], comfyui_url: str
