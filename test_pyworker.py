@@ -550,18 +550,6 @@ class Shapes:
         files = [self.save(f"sn_{n}.png"), self.save(f"sn_{n}.png", self.SMALL_PNG, kind="input")]
         return {"images": files}
 
-    def three_kinds(self, n):
-        made = {"png": 16, "jpg": 24, "bmp": 32}
-        return {
-            "images": [
-                self.save(
-                    f"k_{n}.{end}",
-                    encoded(Image.new("RGB", (size, size)), {"jpg": "JPEG"}.get(end, end.upper())),
-                )
-                for end, size in made.items()
-            ]
-        }
-
     def twice(self, n):
         file = self.save(f"tw_{n}.png")
         return {"images": [file], "files": [file]}
@@ -4549,18 +4537,21 @@ class TestDelivery:
         stem, extension = os.path.splitext(one["filename"])
         assert names == [one["filename"], f"{stem}-2{extension}"]
 
-    def test_pictures_that_a_conversion_makes_alike_have_keys_of_their_own(
-        self, odd_nodes: None, worker: Worker, s3: S3
+    @pytest.mark.usefixtures("odd_nodes")
+    @pytest.mark.parametrize(("format", "suffix"), [("", "png"), ("webp", "webp")])
+    def test_files_of_one_name_have_keys_of_their_own(
+        self, worker: Worker, s3: S3, format: str, suffix: str
     ) -> None:
-        graph = {"1": node("Bug", shape="three_kinds", n=9)}
-        job = {"workflow_json": graph, "s3": s3.request, "output_format": "webp"}
+        n = random.getrandbits(28)
+        graph = {"1": node("Bug", shape="same_name", n=n)}  # in the folders output and input
+        job = {"workflow_json": graph, "s3": s3.request, "output_format": format}
         for _ in range(2):
             files = worker.post(job).files
             paths = [urllib.parse.urlsplit(file["url"]).path for file in files]
             names = [path.rpartition("/")[2] for path in paths]
-            assert names == ["k_9.webp", "k_9-2.webp", "k_9-3.webp"], "another order each time?"
+            assert names == [f"sn_{n}.{suffix}", f"sn_{n}-2.{suffix}"], "another order each time?"
             sizes = [Image.open(io.BytesIO(fetch(file["url"]).body)).size[0] for file in files]
-            assert sizes == [16, 24, 32]
+            assert sizes == [16, 8]
 
     def test_an_id_used_twice_overwrites_nothing_in_silence(
         self, worker: Worker, s3: S3, receiver: Receiver
@@ -5196,7 +5187,8 @@ class TestWorker:
         assert job.result(120).status == 200
         told = re.findall(r"INFO job long runs for (\d+) s(.*)", hurried.log.read_text())
         seconds = [int(each[0]) for each in told]
-        assert 1 <= len(told) <= 3 and 60 <= seconds[0] < 120, hurried.log.read_text()
+        pauses = [later - before for before, later in zip([0, *seconds], seconds, strict=False)]
+        assert told and all(60 <= pause < 180 for pause in pauses), hurried.log.read_text()
         steps = r": KSampler \(node 3\), \d+ of \d+"
         assert is_cut_off or re.fullmatch(steps, told[0][1]), told
 
