@@ -6562,9 +6562,9 @@ class TestStrangers:
     def test_a_client_that_reads_nothing_holds_up_no_job(
         self, start: Callable[..., Worker], tmp_path: pathlib.Path
     ) -> None:
-        with stand_in(free_port(), tmp_path, step_seconds=0) as url:
-            behind = start(COMFYUI_API_BASE=url)
-            with deaf_client(behind, {"workflow_json": long_job(5000)}):
+        with stand_in(free_port(), tmp_path, step_seconds=0.0001, version="0.3.64") as url:
+            behind = start(COMFYUI_API_BASE=url)  # of which every step is told
+            with deaf_client(behind, {"workflow_json": text2image(steps=5000)}):
                 wait_for("it runs", functools.partial(in_line, behind, 0))
                 answer = behind.post({"workflow_json": picture()})
                 assert answer.status == 200
@@ -6573,9 +6573,9 @@ class TestStrangers:
     def test_a_slow_reader_gets_the_newest_progress_and_the_result(
         self, start: Callable[..., Worker], tmp_path: pathlib.Path
     ) -> None:
-        with stand_in(free_port(), tmp_path, step_seconds=0) as url:
-            behind = start(COMFYUI_API_BASE=url)
-            with deaf_client(behind, {"workflow_json": long_job(5000)}) as client:
+        with stand_in(free_port(), tmp_path, step_seconds=0.0001, version="0.3.64") as url:
+            behind = start(COMFYUI_API_BASE=url)  # of which every step is told
+            with deaf_client(behind, {"workflow_json": text2image(steps=5000)}) as client:
                 wait_for("it ran", lambda: behind.logged(" completed (200)"), 60)
                 client.settimeout(30)
                 sent = b"".join(iter(functools.partial(client.recv, 2048), b""))
