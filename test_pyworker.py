@@ -8407,8 +8407,10 @@ class TestReadme:
         )
 
     def test_the_readmes_growing_picture_is_seen(
-        self, worker: Worker, tmp_path: pathlib.Path
+        self, worker: Worker, comfyui_version: str, tmp_path: pathlib.Path
     ) -> None:
+        if comfyui_version == "0.3.64":
+            pytest.skip("previews are the operator's there, not a request's")
         (code,) = blocks("python", "preview.jpg")
         assert '"steps": 30}' in code
         steps = max(5, round(1.5 / seconds_of_a_step()))
