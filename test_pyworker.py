@@ -9115,13 +9115,12 @@ class TestFleet:
         }.items():
             assert name in script
             script = script.replace(name, str(value))
-        script += f"\ncd {tmp_path}\npython3 -m worker |& tee -a {tmp_path}/sdk.log"
-        environ = vast_environ(autoscaler) | {
+        script += f"\ncd {tmp_path}\n{vast_python} -m worker |& tee -a {tmp_path}/sdk.log"
+        environ = python_first(vast_environ(autoscaler)) | {
             "PORT": str(port),
             "COMFYUI_API_BASE": f"http://127.0.0.1:{comfyui_port}",
         }
         environ["COMFYUI_RETURN_TIMEOUT"] = "12"
-        environ["PATH"] = os.pathsep.join([str(pathlib.Path(vast_python).parent), environ["PATH"]])
         command = ("bash", "-c", script)
         with process(
             *command, log=tmp_path / "log", env=environ, cwd=tmp_path, start_new_session=True
@@ -9170,10 +9169,10 @@ class TestFleet:
         bucket = {f"BUCKET_{name.upper()}": value for name, value in named.items()}
         command = (runpod_python, "handler.py", "--rp_serve_api", "--rp_api_port", str(port))
         url = f"http://127.0.0.1:{port}/runsync"
-        environ = {**os.environ, **bucket}
+        environ, is_json = {**os.environ, **bucket}, {"Content-Type": "application/json"}
         with process(*command, log=tmp_path / "log", env=environ, cwd=tmp_path):
             wait_for("RunPod's server is up", lambda: answers(url.replace("runsync", "docs")), 60)
-            early = in_background(fetch, url, {"input": {"workflow_json": picture()}})
+            early = in_background(fetch, url, {"input": {"workflow_json": picture()}}, is_json)
             wait_for("it is asked too early", lambda: behind.logged("comfyui_unavailable"))
             with stand_in(comfyui_port, tmp_path):
                 done = early.result(60).json
@@ -9181,7 +9180,8 @@ class TestFleet:
                 (file,) = done["output"]["output"]
                 assert done["output"]["id"] == done["id"] and done["id"] in file["url"]
                 assert fetch(file["url"]).body.startswith(PNG)
-                failed = fetch(url, {"input": {"workflow_json": {"1": node("NoSuchNode")}}}).json
+                wrong = {"input": {"workflow_json": {"1": node("NoSuchNode")}}}
+                failed = fetch(url, wrong, is_json).json
                 assert failed["status"] == "FAILED" and "NoSuchNode" in failed["error"], failed
 
     def test_haproxy_sends_nothing_to_a_worker_whose_ping_says_that_it_starts(
