@@ -7926,6 +7926,24 @@ class TestReadme:
             wait_for("it prints the job", lambda: "verified completed {'a': 1}" in log.read_text())
             assert fetch(f"http://127.0.0.1:{port}", b"{}").status == 401, "unsigned"
 
+    def test_a_receiver_of_the_wrappers_verifies_with_its_old_secret(
+        self, worker: Worker, receiver: Receiver
+    ) -> None:
+        (code,) = blocks("python", "as the wrapper has it")
+        exec(code, moved := {})
+        command = re.search(r"`(printf 'whsec_[^`]*)`", README)
+        assert command
+        secret = subprocess.run(["sh", "-c", command[1]], capture_output=True, text=True).stdout
+        webhook = {"url": receiver.url, "secret": secret}
+        assert worker.post({"workflow_json": picture(), "webhook": webhook}).status == 200
+        ((headers, body),) = receiver.wait_for(1)
+        assert moved["verify"](body, headers) and not moved["verify"](body + b" ", headers)
+        assert not moved["verify"](body, {**headers, "webhook-timestamp": "1"})
+
+    @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code[:30])
+    def test_the_readmes_python_can_be_compiled(self, code: str) -> None:
+        compile(code, "README.md", "exec")
+
     def test_the_readmes_modifier_works(
         self, start: Callable[..., Worker], tmp_path: pathlib.Path
     ) -> None:
@@ -8281,23 +8299,37 @@ class Autoscaler:
         return wait_for(what, lambda: self.reports and check(self.reports[-1]), 60)
 
 
-@pytest.fixture(scope="session")
-def vast_python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A Python with what the README installs beside Vast.ai's SDK: some forty packages."""
+def python_with(venv: pathlib.Path, *steps: list[str], version: str = "") -> str:
+    """A Python of its own, after these `pip install`s; of that version, if there is one here."""
     uv = os.environ.get("UV") or shutil.which("uv")
     if not uv:
-        pytest.skip("there is no uv on this machine to install Vast.ai's SDK with: pip install uv")
-    wanted = re.search(r"^pip install (.*vastai.*)$", README, re.MULTILINE)
-    assert wanted
-    venv = tmp_path_factory.mktemp("vast") / "venv"
+        pytest.skip(f"there is no uv on this machine to install {steps} with: pip install uv")
+    make = [uv, "venv", "--quiet", "--no-python-downloads", str(venv), "--python"]
+    if not version or subprocess.run([*make, version], capture_output=True).returncode:
+        subprocess.run([*make, sys.executable], check=True)
     python = str(venv / "bin" / "python")
-    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(venv)], check=True)
-    subprocess.run(
-        [uv, "pip", "install", "--quiet", "--python", python, *wanted[1].split()],
-        check=True,
-        timeout=300,
-    )
+    for step in steps:
+        install = [uv, "pip", "install", "--quiet", "--python", python, *step]
+        subprocess.run(install, check=True, timeout=300)
     return python
+
+
+@pytest.fixture(scope="session")
+def vast_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Python as Vast.ai's start script makes it: the README's requirements.txt, then the SDK."""
+    folder = tmp_path_factory.mktemp("vast")
+    (requirements,) = blocks("text", "vastai")
+    (folder / "requirements.txt").write_text(requirements)
+    steps = [["-r", str(folder / "requirements.txt")], ["vastai-sdk"]]
+    if sys.version_info >= (3, 12):  # newer than the one that Vast's script makes
+        steps.append(["setuptools"])
+    return python_with(folder / "venv", *steps, version="3.10")
+
+
+@pytest.fixture(scope="session")
+def runpod_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Python with RunPod's package: some hundred others, and 140 MB."""
+    return python_with(tmp_path_factory.mktemp("runpod") / "venv", ["runpod"])
 
 
 def vast_environ(autoscaler: Autoscaler) -> dict[str, str]:
@@ -8452,8 +8484,9 @@ class TestFleet:
         autoscaler, behind = Autoscaler(), start()
         environ = vast_environ(autoscaler)
         code = vast_worker(behind.url.rpartition(":")[2], behind.log)
+        (tmp_path / "worker.py").write_text(code)
         with process(
-            vast_python, "-c", code, log=tmp_path / "log", env=environ, cwd=tmp_path
+            vast_python, "-m", "worker", log=tmp_path / "log", env=environ, cwd=tmp_path
         ) as running:
             front = Worker(autoscaler.worker_url, tmp_path / "log", running)
             url = f"{front.url}/generate/sync"
@@ -8520,24 +8553,31 @@ class TestFleet:
     def test_vasts_instance_outlives_a_restart_of_comfyui_and_tells_when_there_is_no_way_back(
         self, vast_python: str, tmp_path: pathlib.Path, end: str
     ) -> None:
-        """The README's start command, with a main.py that starts the stand-in."""
+        """The README's on-start script, with a main.py that starts the stand-in.
+
+        In place of Vast's start script is what that does when all is installed, but for TLS.
+        """
         autoscaler, port, comfyui_port = Autoscaler(), free_port(), free_port()
         log = tmp_path / "pyworker.log"
         log.write_text("WORKER_ERROR: of an earlier start\n")
-        for name in ("pyworker.py", "modifiers.py"):
-            shutil.copy(HERE / name, tmp_path)
         (tmp_path / "worker.py").write_text(vast_worker(str(port), log))
         pid = stand_in_for_main(tmp_path, comfyui_port)
-        (script,) = blocks("bash", "python worker.py")
-        script = script.replace("/opt/ComfyUI/main.py", str(tmp_path / "main.py")).replace(
-            "/var/log/pyworker.log", str(log)
-        )
-        environ = vast_environ(autoscaler) | {
+        (script,) = (block["code"] for block in BLOCKS if "start_server.sh" in block["code"])
+        script, stock = script.strip().rsplit("\n", 1)
+        assert "start_server.sh | bash" in stock
+        for name, value in {
+            "/opt/ComfyUI/main.py": tmp_path / "main.py",
+            "/opt/pyworker/pyworker.py": HERE / "pyworker.py",
+            "/var/log/pyworker.log": log,
+        }.items():
+            assert name in script
+            script = script.replace(name, str(value))
+        script += f"\ncd {tmp_path}\n{vast_python} -m worker |& tee -a {tmp_path}/sdk.log"
+        environ = python_first(vast_environ(autoscaler)) | {
             "PORT": str(port),
             "COMFYUI_API_BASE": f"http://127.0.0.1:{comfyui_port}",
         }
         environ["COMFYUI_RETURN_TIMEOUT"] = "12"
-        environ["PATH"] = os.pathsep.join([str(pathlib.Path(vast_python).parent), environ["PATH"]])
         command = ("bash", "-c", script)
         with process(
             *command, log=tmp_path / "log", env=environ, cwd=tmp_path, start_new_session=True
@@ -8567,6 +8607,60 @@ class TestFleet:
                 assert lines and not any("earlier start" in line for line in lines), lines
             finally:
                 os.killpg(running.pid, signal.SIGKILL)
+
+    @slow
+    def test_runpods_queue_has_jobs_run_by_the_readmes_handler(
+        self,
+        start: Callable[..., Worker],
+        s3: S3,
+        runpod_python: str,
+        tmp_path: pathlib.Path,
+    ) -> None:
+        (code,) = blocks("python", "runpod")
+        assert len([line for line in code.splitlines() if line.strip()]) <= 16
+        comfyui_port, port = free_port(), free_port()
+        behind = start(ready=False, COMFYUI_API_BASE=f"http://127.0.0.1:{comfyui_port}")
+        assert "http://127.0.0.1:8000" in code
+        (tmp_path / "handler.py").write_text(code.replace("http://127.0.0.1:8000", behind.url))
+        named = {**s3.request, "name": s3.bucket}
+        bucket = {f"BUCKET_{name.upper()}": value for name, value in named.items()}
+        command = (runpod_python, "handler.py", "--rp_serve_api", "--rp_api_port", str(port))
+        url = f"http://127.0.0.1:{port}/runsync"
+        environ, is_json = {**os.environ, **bucket}, {"Content-Type": "application/json"}
+        with process(*command, log=tmp_path / "log", env=environ, cwd=tmp_path):
+            wait_for("RunPod's server is up", lambda: answers(url.replace("runsync", "docs")), 60)
+            early = in_background(fetch, url, {"input": {"workflow_json": picture()}}, is_json)
+            wait_for("it is asked too early", lambda: behind.logged("comfyui_unavailable"))
+            with stand_in(comfyui_port, tmp_path):
+                done = early.result(60).json
+                assert done["status"] == "COMPLETED", done
+                (file,) = done["output"]["output"]
+                assert done["output"]["id"] == done["id"] and done["id"] in file["url"]
+                assert fetch(file["url"]).body.startswith(PNG)
+                wrong = {"input": {"workflow_json": {"1": node("NoSuchNode")}}}
+                failed = fetch(url, wrong, is_json).json
+                assert failed["status"] == "FAILED" and "NoSuchNode" in failed["error"], failed
+
+    def test_haproxy_sends_nothing_to_a_worker_whose_ping_says_that_it_starts(
+        self, start: Callable[..., Worker], folder: pathlib.Path, tmp_path: pathlib.Path
+    ) -> None:
+        program = shutil.which("haproxy", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin"]))
+        if not program:
+            pytest.skip("there is no haproxy on this machine: apt-get install haproxy")
+        (expect,) = re.findall(r"`(http-check expect [^`]*)`", README)
+        comfyui_port, port = free_port(), free_port()
+        behind = start(ready=False, COMFYUI_API_BASE=f"http://127.0.0.1:{comfyui_port}")
+        (folder / "config").write_text(
+            "defaults\n mode http\n timeout connect 2s\n timeout client 9s\n timeout server 9s\n"
+            f"listen one\n bind 127.0.0.1:{port}\n option httpchk GET /ping\n {expect}\n"
+            f" server one {behind.url[7:]} check inter 100ms fall 1 rise 1\n"
+        )
+        front = f"http://127.0.0.1:{port}/health"
+        with process(program, "-f", str(folder / "config"), log=folder / "log"):
+            wait_for("it is out of rotation", lambda: "is DOWN" in (folder / "log").read_text())
+            assert fetch(front).body[:1] == b"<", "HAProxy's own 503, and not the worker's"
+            with stand_in(comfyui_port, tmp_path):
+                wait_for("it is in rotation", lambda: fetch(front).status == 200)
 
     def test_no_client_can_write_the_lines_that_an_engine_looks_for(
         self, start: Callable[..., Worker], comfyui_url: str
