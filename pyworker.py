@@ -2248,7 +2248,7 @@ class PromptRunner:
                 self._check_gpu(job, notice.data["exception_message"])
             if notice.type == "execution_cached" and job.on_event:
                 progress.begin(self._find_output_nodes(job), notice.data["nodes"])
-            if job.node_states:
+            if notice.type == "progress_state" and job.node_states:
                 states, job.node_states = job.node_states, {}
                 progress.update(states)
 
