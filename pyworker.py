@@ -2834,6 +2834,7 @@ def post_webhook(webhook: Webhook) -> None:
 
 CUT_SHORT = "the worker had to stop before the job ended"
 CANCEL_SECONDS = 10  # that cancelled jobs get to be answered before the worker exits
+NEAR_PLACES = 10  # of the queue's front; who is farther back is told of every tenth place
 MAX_RUNS = 3  # of a job whose cached files are gone: a busy ComfyUI may clear its cache late
 METRICS = {  # of GET /metrics, each after "pyworker_"
     "jobs_total": "Jobs that ended or were refused, by outcome: completed, or the error's type.",
@@ -2933,8 +2934,9 @@ class GpuQueue:
             job.has_turn = False
             job.submitted.set()  # or it never will be
             self._call_first()
-            for each in self.jobs[1:]:
-                if each.on_event:  # the others need not wake up for it
+            for place, each in enumerate(self.jobs[1:], 1):
+                # The others need not wake up for it, nor those far behind for each place.
+                if each.on_event and (place <= NEAR_PLACES or place % NEAR_PLACES == 0):
                     each.inbox.put(MOVED)
 
     def give_head_start(self) -> None:
