@@ -1285,7 +1285,14 @@ def bad_answer_as_502() -> Iterator[None]:
     """Turns what is raised over an answer of unknown shape into the 502 comfyui_error."""
     try:
         yield
-    except (LookupError, AttributeError, RecursionError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise unusable_answer(f"with something that makes no sense: {error!r}") from None
 
 
@@ -1950,7 +1957,7 @@ SAMPLER_WEIGHT = 20  # in a job's progress: a step takes about as long as anothe
 GPU_FAULT = re.compile(
     r"\A(?:(CUDA|HIP) error: (an illegal|device-side assert|unspecified launch|misaligned|hardware"
     r"|invalid program counter|the launch timed|uncorrectable|operation not supported on global)"
-    r"|.* error: \w+_EXECUTION_FAILED)"
+    r"|\w+ error: \w+_EXECUTION_FAILED)"
 )
 
 
@@ -2065,7 +2072,9 @@ class PromptRunner:
         job = self._job
         if not job or not job.wants_previews or monotonic() < self._next_preview_at:
             return
-        with suppress(AttributeError, KeyError, ValueError):  # custom nodes send what they like
+        with suppress(
+            AttributeError, KeyError, TypeError, ValueError
+        ):  # custom nodes send what they like
             kind, size = int.from_bytes(frame[:4], "big"), int.from_bytes(frame[4:8], "big")
             if kind != PREVIEW_WITH_METADATA:
                 return
@@ -2640,6 +2649,7 @@ def _send_to_s3(client: Any, request: Any, **_: Any) -> Any:
     from urllib3.exceptions import HTTPError
 
     request.stream_output = True
+    request.headers.pop("Expect", None)  # botocore waits for ever for the end of a 100's head
     response = client._endpoint.http_session.send(request)
     try:
         body = response.raw.read(MAX_S3_ANSWER_BYTES + 1)
@@ -2762,7 +2772,7 @@ class WebhookQueue:
                     for receiver, heap in self._owed.items()
                     if heap and self._under_way[receiver] < MAX_TRIES_OF_RECEIVER
                     # No client's receivers keep the operator's own waiting.
-                    if not (is_full and receiver)
+                    if not (is_full and receiver and self._under_way[receiver])
                 ]
                 heap = min(ready, default=[])
                 wait = heap[0].due - monotonic() if heap else None
