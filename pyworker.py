@@ -1730,7 +1730,6 @@ class ComfyUIApi:
         """
         with ExitStack() as stack:
             if os.path.isabs(output["subfolder"]):
-                output["subfolder"] = ""  # no path leaves the machine
                 raise not_given(output, "it lies outside of ComfyUI's folders")
             if NOT_GIVEN.search(output["filename"]):
                 file = stack.enter_context(_open_local(output))
@@ -2428,6 +2427,8 @@ def _deliver_file(job: Job, api: ComfyUIApi, is_shown: bool, output: Output, key
     except JobError as error:
         if "upload_error" not in output:
             output["error"] = error.message
+        if os.path.isabs(output["subfolder"]):  # no path leaves the machine
+            output["subfolder"] = ""
         raise
 
 
@@ -2785,10 +2786,13 @@ class WebhookQueue:
         webhook, is_over, trouble = owed.webhook, not owed.pauses, ""
         try:
             post_webhook(webhook)
-        except (ValueError, PermissionError) as error:  # refused, or not allowed
+        except PermissionError as error:  # the address is not allowed, and will not be
             is_over, trouble = True, str(error)
-        except (*CONNECTION_LOST, UnicodeError) as error:  # UnicodeError: of a host's name
+        # Before ValueError, which errors of certificates and of a host's name are as well.
+        except (*CONNECTION_LOST, UnicodeError) as error:
             trouble = f"failed: {describe_error(error)}"
+        except ValueError as error:
+            is_over, trouble = True, str(error)
         finally:
             self._end_try(owed)
         if not trouble:

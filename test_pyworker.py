@@ -6404,11 +6404,10 @@ class DroppingTunnel(Tunnel):
         return not said.startswith(b"GET /view")
 
 
-class EndlessServer:
-    """Answers everything with an endless body; knows how much of it was taken."""
+class RawServer:
+    """Answers each connection as no HTTP server would; `answer` says how."""
 
     def __init__(self) -> None:
-        self.sent = 0
         self._server = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
         threading.Thread(target=self._serve, daemon=True).start()
@@ -6416,31 +6415,37 @@ class EndlessServer:
     def _serve(self) -> None:
         while True:
             client, _ = self._server.accept()
-            threading.Thread(target=self._answer, args=(client,), daemon=True).start()
+            threading.Thread(target=self._handle, args=(client,), daemon=True).start()
 
-    def _answer(self, client: socket.socket) -> None:
+    def _handle(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError), client:
             client.recv(1 << 20)
-            client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 6000000000\r\n\r\n")
-            while self.sent < 1 << 32:
-                self.sent += client.send(bytes(1 << 16))
+            self.answer(client)
+
+    def answer(self, client: socket.socket) -> None:
+        raise NotImplementedError
 
 
-class RawReceiver:
+class EndlessServer(RawServer):
+    """Answers everything with an endless body; knows how much of it was taken."""
+
+    sent = 0
+
+    def answer(self, client: socket.socket) -> None:
+        client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 6000000000\r\n\r\n")
+        while self.sent < 1 << 32:
+            self.sent += client.send(bytes(1 << 16))
+
+
+class RawReceiver(RawServer):
     """A webhook receiver that says what no HTTP server would."""
 
     def __init__(self, words: bytes) -> None:
         self.words = words
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
-        threading.Thread(target=self._serve, daemon=True).start()
+        super().__init__()
 
-    def _serve(self) -> None:
-        while True:
-            client, _ = self._server.accept()
-            with contextlib.suppress(OSError), client:
-                client.recv(1 << 20)
-                client.sendall(self.words)
+    def answer(self, client: socket.socket) -> None:
+        client.sendall(self.words)
 
 
 def deaf_client(worker: Worker, input: dict[str, Any]) -> socket.socket:
