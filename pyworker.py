@@ -137,12 +137,14 @@ Reader = Callable[[Any], Any]  # returns what a value stands for, or raises Valu
 BLANK: tuple[Any, ...] = ("", {}, None)  # what templates leave in a field that is not filled in
 
 
-def reader(expected: str, is_valid: Callable[[Any], Any]) -> Reader:
+def reader(
+    expected: str, is_valid: Callable[[Any], Any], describe: Callable[[Any], str] = lambda _: ""
+) -> Reader:
     """Makes a reader that returns valid values unchanged; `expected` says what is valid."""
 
     def read(value: Any) -> Any:
         if not is_valid(value):
-            raise ValueError(f"has to be {expected}")
+            raise ValueError(f"has to be {expected}{describe(value)}")
         return value
 
     return read
@@ -153,6 +155,7 @@ def number_reader(low: float, high: float, *types: type) -> Reader:
     return reader(
         f"a {'number' if float in types else 'whole number'} from {low:g} to {high}",
         lambda value: type(value) in types and low <= value <= high,
+        lambda value: f", not {show(value)}",
     )
 
 
@@ -427,21 +430,27 @@ def unavailable(state: str, comfyui: str = "") -> JobError:
             "the worker is stopping; send the job again, to another one or later",
         )
     reason = {
-        "starting": "is not up yet",
+        "starting": "is not up yet: start it, or correct the address",
         "faulted": "has lost its GPU, or runs no prompts, and has to be restarted",
-    }.get(state, "does not answer")
+    }.get(state, "does not answer: start it, or correct the address")
     return JobError(503, "comfyui_unavailable", f"{comfyui} {reason}; try again later")
 
 
 def start_thread(name: str, action: Callable[..., None], *args: Any) -> None:
     """Starts a daemon thread, which does not keep the process from ending; 503 if there is none."""
-    try:
+    with no_threads_as_503():
         Thread(target=action, args=args, name=name, daemon=True).start()
+
+
+@contextmanager
+def no_threads_as_503() -> Iterator[None]:
+    """Turns the error of a thread that cannot be started into a JobError."""
+    try:
+        yield
     except RuntimeError:
-        raise NO_THREADS from None
-
-
-NO_THREADS = JobError(503, "queue_full", "the system has no more threads for it; try again later")
+        raise JobError(
+            503, "queue_full", "the system has no more threads for it; try again later"
+        ) from None
 
 
 # Request and job ##################################################################################
@@ -704,6 +713,8 @@ class Job:
     percent: float = 0.0  # the highest progress that was reported
     history: JsonObject = field(default_factory=dict)  # ComfyUI's entry for the prompt
     outputs: list[Output] = field(default_factory=list)
+    animated: frozenset[str] = frozenset()  # the names of images that move
+    embedded_bytes: int = 0  # of its files that the answer carries as base64
     answer_file: Output | None = None  # the output whose bytes are the answer
     answer_conversion: str = ""  # see conversion_of
 
@@ -807,7 +818,7 @@ def read_request(job: Job, body: JsonObject, headers: dict[str, str], settings: 
         job.warnings.append(f"{name} is no field of a request; it was ignored")
     _check_source(values, unknown)
     extra_params = own.pop("webhook_extra_params", {})
-    settings, overridden = _override(settings, own)
+    settings, overridden = _override(job, settings, own)
     values.setdefault("return_outputs_as_base64", not settings.s3_bucket_name)
     job.request = Request(
         extra_params=extra_params, settings=settings, overridden=overridden, **values
@@ -848,7 +859,7 @@ def _check_source(values: JsonObject, unknown: list[str]) -> None:
         )
 
 
-def _override(settings: Settings, own: JsonObject) -> tuple[Settings, frozenset[str]]:
+def _override(job: Job, settings: Settings, own: JsonObject) -> tuple[Settings, frozenset[str]]:
     """The settings with the request's own over them, and the names of those that it changed.
 
     Keys come in pairs, and the operator's secrets only go to the operator's servers.
@@ -865,6 +876,8 @@ def _override(settings: Settings, own: JsonObject) -> tuple[Settings, frozenset[
         own = {"s3_public_url": "", **own}
     if "webhook_url" in changed:
         own = {"webhook_secret": b"", **own}
+    elif settings.webhook_secret and own.pop("webhook_secret", b""):
+        job.warnings.append("webhook.secret was ignored: WEBHOOK_SECRET signs for WEBHOOK_URL")
     result = replace(settings, **own)
     if any(name.startswith("s3_") for name in own) and not result.s3_bucket_name:
         raise bad_request("s3 needs a bucket: give s3.bucket_name, or set S3_BUCKET_NAME")
@@ -902,6 +915,8 @@ IDLE_SECONDS = 30  # that a connection is kept unused; ComfyUI closes it after 7
 MAX_REDIRECTS = 5
 MAX_ADDRESSES = 4  # of one name that are tried, each for the whole time-out
 PARALLEL_FILES = 4  # of one job
+MAX_INPUT_FILES = 200  # of one job
+SLOWEST_SERVER = 1 << 16  # bytes a second that a file has to arrive with, or a webhook to be taken
 # How an input begins that may name a file to fetch.
 FILE_SOURCE = re.compile(r"(?i)https?://|data:")
 # What the formats that ComfyUI loads begin with; a group's name is the extension.
@@ -940,8 +955,9 @@ def public_addresses(host: str, port: int) -> list[Any]:
     for address in found:
         if not is_public(str(address[0])):
             raise PermissionError(
-                f"{host} leads to {address[0]}, and URLs in requests may lead to public addresses"
-                " only (the operator can lift this with ALLOW_PRIVATE_ADDRESSES=true)"
+                f"{host} leads to a private address, and"
+                " URLs in requests may lead to public addresses only"
+                " (the operator can lift this with ALLOW_PRIVATE_ADDRESSES=true)"
             )
     return found
 
@@ -1057,7 +1073,8 @@ def http_exchange(
         if total_timeout:
             timer = Timer(total_timeout, _shut_down, (connection.sock,))
             stack.callback(timer.cancel)
-            timer.start()
+            with no_threads_as_503():
+                timer.start()
         connection.request("GET" if body is None else "POST", target, body, headers)
         response = connection.getresponse()
         yield response
@@ -1115,10 +1132,11 @@ class DataUri:
 
 
 @contextmanager
-def open_source(source: str, is_public_only: bool) -> Iterator[Any]:
+def open_source(source: str, is_public_only: bool, seconds: float) -> Iterator[Any]:
     """The file behind an http(s) URL or a data: URI, with `read1` and `headers`.
 
-    Raises CONNECTION_LOST, and ValueError where there is no file.
+    seconds: that each server has for its whole answer. Raises CONNECTION_LOST, and ValueError where
+    there is no file.
     """
     if source[:5].lower() == "data:":
         yield DataUri(source)
@@ -1126,7 +1144,9 @@ def open_source(source: str, is_public_only: bool) -> Iterator[Any]:
     for _ in range(MAX_REDIRECTS + 1):
         if not is_url(source):
             raise ValueError(f"it is not {URL_EXPECTED}")
-        with http_exchange(source, is_public_only=is_public_only) as response:
+        with http_exchange(
+            source, is_public_only=is_public_only, total_timeout=seconds
+        ) as response:
             if response.status == 200:
                 yield response
                 return
@@ -1168,8 +1188,10 @@ def download(job: Job, source: str, choice: str) -> tuple[BinaryIO, str]:
         file = tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
     # Without signatures and data, and without passwords.
     shown = re.sub("//[^/]*@", "//", re.split("[?,]", cut(source, MAX_QUOTE))[0])
+    is_public_only = not job.settings.allow_private_addresses
+    seconds = HTTP_SECONDS + job.settings.max_input_bytes / SLOWEST_SERVER
     try:
-        with open_source(source, not job.settings.allow_private_addresses) as opened:
+        with open_source(source, is_public_only, seconds) as opened:
             digest = _copy(opened, file, job)
             mimetype = opened.headers.get_content_type()
         if not file.tell():
@@ -1252,16 +1274,19 @@ PATH = re.compile(
 )
 
 
-def scrub(value: Any, own: Container[str] = ()) -> Any:
+def scrub(value: Any, own: Container[str] = (), max_depth: int = MAX_HISTORY_DEPTH) -> Any:
     """ComfyUI's words, fit for an answer: no tracebacks, absolute paths cut to the file's name.
 
     Each text is cut to MAX_MESSAGE before. own: the request's words, which come back as they are.
+    RecursionError where it nests deeper than what can be searched and written later.
     """
+    if not max_depth:
+        raise RecursionError(f"it is nested more than {MAX_HISTORY_DEPTH} deep")
     if isinstance(value, dict):
         kept = {name: each for name, each in value.items() if name != "traceback"}
-        return {scrub(name, own): scrub(each, own) for name, each in kept.items()}
+        return {scrub(name, own): scrub(each, own, max_depth - 1) for name, each in kept.items()}
     if isinstance(value, list):
-        return [scrub(each, own) for each in value]
+        return [scrub(each, own, max_depth - 1) for each in value]
     if isinstance(value, str) and value not in own:
         return PATH.sub(partial(_cut_path, own), cut(value))
     return value
@@ -1436,17 +1461,23 @@ def may_be_stale(history: JsonObject) -> bool:
     return any(data.get("nodes") for kind, data in messages if kind == "execution_cached")
 
 
-def is_still_image(output: Output, history: JsonObject) -> bool:
+def is_still_image(output: Output, animated: Container[str]) -> bool:
     """Whether ComfyUI can convert the file as a whole: of an animation it takes the first frame."""
     extension = os.path.splitext(output["filename"])[1].lower()
     is_image = extension in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-    animated = [
-        item.get("filename")
-        for made in history["outputs"].values()
+    return output["output_type"] == "images" and is_image and output["filename"] not in animated
+
+
+@bad_answer_as_502()
+def find_animated(history: JsonObject) -> frozenset[str]:
+    """The names of the images in a history entry that move."""
+    return frozenset(
+        str(item["filename"])
+        for made in (history.get("outputs") or {}).values()
         if True in _as_list(made.get("animated"))
         for item in _as_list(made.get("images"))
-    ]
-    return output["output_type"] == "images" and is_image and output["filename"] not in animated
+        if isinstance(item, dict) and "filename" in item
+    )
 
 
 @bad_answer_as_502()
@@ -1731,7 +1762,7 @@ class ComfyUIApi:
         with ExitStack() as stack:
             if os.path.isabs(output["subfolder"]):
                 raise not_given(output, "it lies outside of ComfyUI's folders")
-            if NOT_GIVEN.search(output["filename"]):
+            if is_withheld(output):
                 file = stack.enter_context(_open_local(output))
                 output["mimetype"] = mimetypes.guess_type(output["filename"])[0] or OCTET_STREAM
                 output["size"] = os.fstat(file.fileno()).st_size
@@ -1889,6 +1920,11 @@ def _offered(kind: Any, options: JsonObject) -> list[Any]:
     return [each["key"] if isinstance(each, dict) else each for each in offered]
 
 
+def is_withheld(output: Output) -> bool:
+    """Whether ComfyUI's /view refuses a file that it has, for its name's sake."""
+    return NOT_GIVEN.search(f"{output['subfolder']}/{output['filename']}") is not None
+
+
 def _open_local(output: Output) -> BinaryIO:
     """Opens a file that /view will not give where the worker knows ComfyUI's folder."""
     if "local_path" not in output:
@@ -1992,7 +2028,7 @@ class PromptRunner:
         with closing(self._connect()) as connection:
             for frame in iter(connection.recv, ""):
                 if isinstance(frame, str):
-                    self._on_frame(json.loads(frame))
+                    self._on_frame(json.loads(frame, parse_constant=str))
                 else:
                     self._on_binary_frame(frame)
         raise ConnectionError("ComfyUI closed the websocket")
@@ -2071,9 +2107,8 @@ class PromptRunner:
         job = self._job
         if not job or not job.wants_previews or monotonic() < self._next_preview_at:
             return
-        with suppress(
-            AttributeError, KeyError, TypeError, ValueError
-        ):  # custom nodes send what they like
+        # Custom nodes send what they like.
+        with suppress(AttributeError, KeyError, RecursionError, TypeError, ValueError):
             kind, size = int.from_bytes(frame[:4], "big"), int.from_bytes(frame[4:8], "big")
             if kind != PREVIEW_WITH_METADATA:
                 return
@@ -2341,13 +2376,13 @@ class Progress:
 
     def begin(self, output_nodes: list[str], cached: list[str]) -> None:
         """Takes the ids of the nodes that the job is run for, and of those that are cached."""
-        graph, ahead = self._job.workflow, list(output_nodes)
+        graph, ahead, known = self._job.workflow, list(output_nodes), frozenset(cached)
         while ahead:
             node_id = ahead.pop()
             if node_id in self._weights:
                 continue
             self._weights[node_id] = 0
-            if node_id in cached:
+            if node_id in known:
                 continue
             inputs = graph[node_id]["inputs"]
             is_sampler = inputs.keys() & {"seed", "latent_image"}
@@ -2380,10 +2415,11 @@ class Progress:
 
 # Delivery #########################################################################################
 
+MAX_BASE64_FILES = 4  # of the largest size that one answer carries; or more that are smaller
+_BASE64_LOCK = Lock()
 MAX_OWED_WEBHOOKS = 10000
 MAX_TRIES = 64  # at once, to the receivers that requests name
 MAX_TRIES_OF_RECEIVER = 16
-SLOWEST_RECEIVER = 1 << 16  # bytes a second that it has to take
 SPOOL_BYTES = 1 << 20  # of an owed webhook that are kept in memory; a larger one waits on disk
 
 
@@ -2394,6 +2430,7 @@ def deliver(job: Job, api: ComfyUIApi) -> None:
     output_missing, comfyui_error) is raised once all the others are delivered.
     """
     made = read_outputs(job.history, job.workflow)
+    job.animated = find_animated(job.history)
     for output in made:
         if "filename" in output and "value" in output:
             is_file = api.retry_while_away(job, partial(api.has_file, output))
@@ -2409,14 +2446,18 @@ def deliver(job: Job, api: ComfyUIApi) -> None:
 
 def deliver_files(job: Job, api: ComfyUIApi, is_shown: bool) -> None:
     """Delivers the job's files, a few at a time. is_shown: somebody will see the envelope."""
-    keys = s3_keys(job)
+    keys = s3_keys(job) if job.settings.s3_bucket_name else [""] * len(job.files)
     deliver_one = partial(_deliver_file, job, api, is_shown)
     if len(keys) == 1:  # without the cost of a thread
         deliver_one(job.files[0], keys[0])
         return
-    with ThreadPoolExecutor(PARALLEL_FILES) as pool:
-        deliveries = pool.map(deliver_one, job.files, keys)
-    list(deliveries)  # all have ended
+    deliveries: Iterator[None]
+    try:
+        with ThreadPoolExecutor(PARALLEL_FILES) as pool:
+            deliveries = pool.map(deliver_one, job.files, keys)
+    except RuntimeError:  # the system has no more threads
+        deliveries = map(deliver_one, job.files, keys)
+    list(deliveries)  # raises the first error
 
 
 def _deliver_file(job: Job, api: ComfyUIApi, is_shown: bool, output: Output, key: str) -> None:
@@ -2448,32 +2489,44 @@ def _deliver_content(job: Job, api: ComfyUIApi, is_shown: bool, output: Output, 
         if job.settings.s3_bucket_name and "url" not in output:
             upload_to_s3(job, api, output, conversion, key)
     finally:  # the work is not lost when S3 fails
-        if job.request.return_outputs_as_base64 or "url" not in output:
+        is_due = job.request.return_outputs_as_base64 or "url" not in output
+        if is_due and "data" not in output:
             _embed(job, api, is_shown, output, conversion)
 
 
 def _embed(job: Job, api: ComfyUIApi, is_shown: bool, output: Output, conversion: str) -> None:
     """Puts the file's bytes into the output if they are wanted; mimetype and size always are."""
-    limit = job.settings.output_base64_max_bytes
     is_wanted = job.request.return_outputs_as_base64 and is_shown
     with api.view(output, conversion) as file:
         if not is_wanted and "upload_error" not in output:
             return
-        if output["size"] > limit:
-            output["error"] = (
-                f"{output['size']} bytes are more than the {limit} of OUTPUT_BASE64_MAX_BYTES;"
-                " use S3"
-            )
-        else:
+        output["error"] = _claim_base64(job, output["size"])
+        if not output["error"]:
+            del output["error"]
             output["data"] = base64.b64encode(file.read())
+
+
+def _claim_base64(job: Job, size: int) -> str:
+    """Counts a file of that size among those of the answer; returns why there is no room for it."""
+    limit = job.settings.output_base64_max_bytes
+    if size > limit:
+        return f"{size} bytes are more than the {limit} of OUTPUT_BASE64_MAX_BYTES; use S3"
+    with _BASE64_LOCK:
+        if job.embedded_bytes + size > MAX_BASE64_FILES * limit:
+            return (
+                f"with {size} bytes more, the answer's files would be larger than"
+                f" {MAX_BASE64_FILES} times the {limit} of OUTPUT_BASE64_MAX_BYTES; use S3"
+            )
+        job.embedded_bytes += size
+    return ""
 
 
 def conversion_of(job: Job, output: Output) -> str:
     """What /view is to convert the file to, such as "webp;90"; empty where it stays as it is."""
     request = job.request
-    if not request.output_format or NOT_GIVEN.search(output["filename"]):
+    if not request.output_format or is_withheld(output):
         return ""
-    is_fit = is_still_image(output, job.history)
+    is_fit = is_still_image(output, job.animated)
     return f"{request.output_format};{request.output_quality}" if is_fit else ""
 
 
@@ -2512,7 +2565,7 @@ def choose_answer_file(job: Job, api: ComfyUIApi) -> None:
         conversion = conversion_of(job, output)
         is_fit = any(fnmatch.fnmatchcase(each, accept) for each in types_of(output))
         if not is_fit and accept in CONVERTED_TYPES:
-            is_fit = is_still_image(output, job.history)
+            is_fit = is_still_image(output, job.animated)
             conversion = f"{accept.removeprefix('image/')};{job.request.output_quality}"
         if is_fit:
             job.answer_file, job.answer_conversion = output, conversion
@@ -2531,7 +2584,7 @@ def s3_keys(job: Job) -> list[str]:
     Files of one name differ in their type, or in the extension that a conversion replaces. Their
     order, and so their keys, is the same when the job is run again.
     """
-    keys: list[str] = []
+    keys: dict[str, None] = {}  # in order, as a list would have them
     for output in job.files:
         folders = output["subfolder"].replace("\\", "/").split("/")
         parts = [str(job.id), *folders, delivered_name(output, conversion_of(job, output))]
@@ -2539,8 +2592,8 @@ def s3_keys(job: Job) -> list[str]:
         while key in keys:
             stem, extension = os.path.splitext(key)
             key = f"{stem}-{len(keys) + 1}{extension}"
-        keys.append(key)
-    return keys
+        keys[key] = None
+    return list(keys)
 
 
 def upload_to_s3(job: Job, api: ComfyUIApi, output: Output, conversion: str, key: str) -> None:
@@ -2583,7 +2636,8 @@ def _upload_failed(settings: Settings, output: Output, error: Exception) -> Exce
     output["upload_error"] = scrub(text)
     where = f"the S3 bucket {settings.s3_bucket_name}"
     message = f"{where} did not take {show(output['filename'])}: {output['upload_error']}"
-    return JobError(502, "upload_failed", message)
+    hint = "; the settings are those of s3, or S3_…; a file that is not too large is in data"
+    return JobError(502, "upload_failed", message[: MAX_MESSAGE - len(hint)] + hint)
 
 
 MAX_S3_ANSWER_BYTES = 1 << 20
@@ -2593,20 +2647,24 @@ S3_CLIENT_SETTINGS = (
     "s3_region",
     "s3_connect_timeout",
     "s3_connect_attempts",
+    "allow_private_addresses",
 )
+_S3_CLIENT_LOCK = Lock()
 
 
-def s3_client(settings: Settings, is_direct: bool = False) -> Any:
+def s3_client(settings: Settings, is_own: bool = False) -> Any:
     """A boto3 client for the settings' S3; 400 where none can be made.
 
-    is_direct: past any proxy of the environment.
+    is_own: the endpoint is the request's. No proxy of the environment stands before it, and it may
+    not lead to a private address, unless ALLOW_PRIVATE_ADDRESSES lets it.
     """
     relevant = {name: getattr(settings, name) for name in S3_CLIENT_SETTINGS}
-    return _s3_client(Settings(**relevant), is_direct)
+    with _S3_CLIENT_LOCK:  # many jobs that come at once are to share one
+        return _s3_client(Settings(**relevant), is_own)
 
 
-@lru_cache(maxsize=32)  # making a client takes 100 ms; threads can share it
-def _s3_client(settings: Settings, is_direct: bool) -> Any:
+@lru_cache(maxsize=32)  # making a client takes 100 ms and 12 MB; threads can share it
+def _s3_client(settings: Settings, is_own: bool) -> Any:
     try:
         import boto3
         from botocore.config import Config
@@ -2624,7 +2682,7 @@ def _s3_client(settings: Settings, is_direct: bool) -> Any:
         response_checksum_validation="when_required",
         connect_timeout=settings.s3_connect_timeout,
         read_timeout=settings.s3_connect_timeout,
-        proxies={} if is_direct else None,
+        proxies={} if is_own else None,
         retries={"mode": "standard", "total_max_attempts": settings.s3_connect_attempts},
     )
     region = settings.s3_region or ("us-east-1" if endpoint else None)
@@ -2632,6 +2690,8 @@ def _s3_client(settings: Settings, is_direct: bool) -> Any:
         session = boto3.Session(*(getattr(settings, name) or None for name in S3_KEYS))
         client = session.client("s3", region, endpoint_url=endpoint, config=config)
         client.meta.events.register("before-send.s3", partial(_send_to_s3, client))
+        if is_own and not settings.allow_private_addresses:
+            _keep_public(client)
         has_keys = session.get_credentials() is not None
     except (BotoCoreError, ValueError) as error:
         raise bad_request(f"the S3 settings cannot be used: {error}") from None
@@ -2641,6 +2701,21 @@ def _s3_client(settings: Settings, is_direct: bool) -> Any:
             " give s3.access_key_id and s3.secret_access_key, or set them as variables"
         )
     return client
+
+
+def _keep_public(client: Any) -> None:
+    """Has botocore's connections lead to the very addresses that are checked."""
+
+    def connect_public(connection: Any) -> socket.socket:
+        return _connect_public((connection.host, connection.port), connection.timeout)
+
+    def checked(pool: Any) -> Any:
+        connection = type("Connection", (pool.ConnectionCls,), {"_new_conn": connect_public})
+        return type("Pool", (pool,), {"ConnectionCls": connection})
+
+    manager = client._endpoint.http_session._manager
+    pools = manager.pool_classes_by_scheme
+    manager.pool_classes_by_scheme = {scheme: checked(pools[scheme]) for scheme in pools}
 
 
 def _send_to_s3(client: Any, request: Any, **_: Any) -> Any:
@@ -2785,14 +2860,10 @@ class WebhookQueue:
     def _try(self, owed: OwedWebhook) -> None:
         webhook, is_over, trouble = owed.webhook, not owed.pauses, ""
         try:
-            post_webhook(webhook)
-        except PermissionError as error:  # the address is not allowed, and will not be
-            is_over, trouble = True, str(error)
-        # Before ValueError, which errors of certificates and of a host's name are as well.
-        except (*CONNECTION_LOST, UnicodeError) as error:
-            trouble = f"failed: {describe_error(error)}"
-        except ValueError as error:
-            is_over, trouble = True, str(error)
+            with every_error_as(_try_failed):
+                post_webhook(webhook)
+        except JobError as error:
+            is_over, trouble = is_over or error.status == 400, error.message
         finally:
             self._end_try(owed)
         if not trouble:
@@ -2815,33 +2886,52 @@ class WebhookQueue:
             self._changed.notify()
 
 
+def _try_failed(error: Exception) -> JobError:
+    if isinstance(error, PermissionError):  # the address is not allowed, and will not be
+        return bad_request(str(error))
+    return JobError(500, "internal_error", f"failed: {describe_error(error)}")
+
+
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    file.seek(0)
+    return iter(partial(file.read, CHUNK_BYTES), b"")
+
+
 def post_webhook(webhook: Webhook) -> None:
     """One try, signed as the Standard Webhooks specification has it.
 
-    Raises CONNECTION_LOST where another try may succeed, ValueError where the receiver refuses.
+    Raises CONNECTION_LOST where another try may succeed, a JobError of 400 where none will.
     """
     settings, timestamp = webhook.settings, str(int(time.time()))
-    webhook.body.seek(0)
-    body = webhook.body.read()
-    headers = {"webhook-id": webhook.id, "webhook-timestamp": timestamp}
+    webhook.body.seek(0, os.SEEK_END)
+    size = webhook.body.tell()
+    headers = {
+        "webhook-id": webhook.id,
+        "webhook-timestamp": timestamp,
+        "Content-Type": JSON,
+        "Content-Length": str(size),
+    }
     if settings.webhook_secret:
-        signed = f"{webhook.id}.{timestamp}.".encode() + body
-        digest = hmac.digest(settings.webhook_secret, signed, "sha256")
-        headers["webhook-signature"] = f"v1,{base64.b64encode(digest).decode()}"
+        start = f"{webhook.id}.{timestamp}.".encode()
+        signed = hmac.new(settings.webhook_secret, start, hashlib.sha256)
+        for piece in _pieces(webhook.body):
+            signed.update(piece)
+        signature = base64.b64encode(signed.digest()).decode()
+        headers["webhook-signature"] = f"v1,{signature}"
     # A redirect is no delivery: a signed message goes where it was meant to go, or nowhere.
     with http_exchange(
         settings.webhook_url,
         settings.webhook_timeout,
-        body,
+        _pieces(webhook.body),
         headers,
         is_public_only=webhook.is_public_only,
-        total_timeout=settings.webhook_timeout + len(body) / SLOWEST_RECEIVER,
+        total_timeout=settings.webhook_timeout + size / SLOWEST_SERVER,
     ) as response:
         status = response.status
     if status in (408, 429) or status >= 500:
         raise ConnectionError(f"status {status}")
     if not 200 <= status < 300:
-        raise ValueError(f"refused with status {status}")
+        raise bad_request(f"refused with status {status}")
 
 
 # Worker ###########################################################################################
@@ -2899,8 +2989,8 @@ class Metrics:
 
 def stopping_error(job: Job) -> JobError:
     """What a job without the GPU gets from a worker that stops; a 202 promised an end of it."""
-    cancelled = JobError(499, "cancelled", CUT_SHORT)
-    return cancelled if job.request.is_async else unavailable("stopping")
+    is_promised = job.request.is_async and job.was_queued
+    return JobError(499, "cancelled", CUT_SHORT) if is_promised else unavailable("stopping")
 
 
 class GpuQueue:
@@ -2911,20 +3001,35 @@ class GpuQueue:
         self._head_start = settings.prompt_head_start
         self._lock = Lock()
         self._is_closed = False
+        self._arriving: list[Job] = []
         self.jobs: list[Job] = []
+
+    @contextmanager
+    def arriving(self, job: Job) -> Iterator[None]:
+        """Has `close` end the job in the block as well: its files are fetched; 503 if many are."""
+        with self._lock:
+            self._check_room(job, self._arriving)
+            self._arriving.append(job)
+        try:
+            yield
+        finally:
+            self._arriving.remove(job)
+
+    def _check_room(self, job: Job, others: list[Job]) -> None:
+        if self._is_closed:
+            raise stopping_error(job)
+        # A job that is run again has been counted already.
+        if len(others) > self._max_waiting and not job.was_queued:
+            raise JobError(
+                503,
+                "queue_full",
+                f"{self._max_waiting} jobs are waiting already; try again later",
+            )
 
     def join(self, job: Job) -> None:
         """Takes a place for the job, to be left with `leave`; 503 where there is none."""
         with self._lock:
-            if self._is_closed:
-                raise stopping_error(job)
-            # A job that is run again has been counted already.
-            if len(self.jobs) > self._max_waiting and not job.was_queued:
-                raise JobError(
-                    503,
-                    "queue_full",
-                    f"{self._max_waiting} jobs are waiting already; try again later",
-                )
+            self._check_room(job, self.jobs)
             self.jobs.append(job)
             self._call_first()
         if not job.was_queued:
@@ -2934,11 +3039,13 @@ class GpuQueue:
 
     def wait_for_turn(self, job: Job) -> None:
         """Returns when the job is the first; raises the error of `job.abort`."""
-        notice = MOVED
+        notice, told = MOVED, 0
         while notice is not TURN:
+            position = max(1, self.jobs.index(job))
             # Of a job that is run again, notices of its earlier prompt may be left.
-            job.notify("queued", position=max(1, self.jobs.index(job)))
-            notice = job.next_notice()
+            if position != told:
+                job.notify("queued", position=position)
+            told, notice = position, job.next_notice()
         job.notify("started")
 
     def leave(self, job: Job) -> None:
@@ -2971,7 +3078,7 @@ class GpuQueue:
         """Gives every waiting job back and takes no more; the running one goes on."""
         with self._lock:
             self._is_closed = True
-            for job in self.jobs[1:]:
+            for job in [*self.jobs[1:], *self._arriving]:
                 job.abort(stopping_error(job))
 
 
@@ -3134,7 +3241,14 @@ class Worker:
         if not found:  # as for most jobs: there is nothing to watch the client over
             return
         sources = {source: choice for _, _, choice, source in found}
-        with self._hang_ups.watch(job), ThreadPoolExecutor(PARALLEL_FILES) as pool:
+        if len(sources) > MAX_INPUT_FILES:
+            raise bad_request(f"the workflow names more than {MAX_INPUT_FILES} files to fetch")
+        with (
+            self._queue.arriving(job),
+            self._hang_ups.watch(job),
+            no_threads_as_503(),
+            ThreadPoolExecutor(PARALLEL_FILES) as pool,
+        ):
             # The first error spares those not begun.
             names = pool.map(partial(self._upload_input, job), sources, sources.values())
             stored = dict(zip(sources, names, strict=True))
@@ -3164,6 +3278,7 @@ class Worker:
                     raise
                 self.api.clear_cache()
                 job.prompt_id, job.history, job.outputs = str(uuid4()), {}, []
+                job.embedded_bytes = 0
                 job.submitted = Event()
         if job.request.wants_file:
             choose_answer_file(job, self.api)
@@ -3351,7 +3466,7 @@ ROUTES = {
     "/ping": GET_METHODS,
     "/metrics": GET_METHODS,
 }
-REPLACED_EVENTS = ("progress", "preview")
+REPLACED_EVENTS = ("queued", "progress", "preview")
 STATUS_HEADERS = {
     202: {"Preference-Applied": "respond-async"},
     401: {"WWW-Authenticate": "Bearer"},
@@ -3676,9 +3791,10 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Has a thread handle the connection; where the system has none left, it is refused."""
         try:
-            super().process_request(request, client_address)
-        except RuntimeError:
-            body = b"".join(encode(self.worker.end(Job(), NO_THREADS)[1]))
+            with no_threads_as_503():
+                super().process_request(request, client_address)
+        except JobError as error:
+            body = b"".join(encode(self.worker.end(Job(), error)[1]))
             head = (
                 f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: {JSON}\r\nRetry-After: 5\r\n"
                 f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -3827,10 +3943,10 @@ def _warn(api: ComfyUIApi) -> None:
         log.warning(
             "AUTH_TOKEN is not set: whoever reaches %s can use the GPU", settings.worker_host
         )
-    if settings.s3_access_key_id and not settings.s3_bucket_name:
-        log.warning(
-            "S3 keys are set but no S3_BUCKET_NAME: S3 is off for requests that name no bucket"
-        )
+    for name in ("s3_access_key_id", "s3_endpoint_url", "s3_public_url"):
+        if getattr(settings, name) and not settings.s3_bucket_name:
+            message = "%s is set but no S3_BUCKET_NAME: S3 is off for requests that name no bucket"
+            log.warning(message, name.upper())
     for name in ("comfyui_install_path", "workflow_file", "workflows_dir"):
         path = getattr(settings, name)
         if path and not os.path.exists(path):
