@@ -8376,6 +8376,7 @@ class TestReadme:
         (server,) = blocks("bash", "weed mini")
         (worker,) = blocks("bash", "S3_ENDPOINT_URL")
         (client,) = blocks("bash", "url.txt")
+        client = smaller(client)
         parts = ("master", "volume", "filer", "admin", "webdav")
         ports = " ".join(f"-{name}.port={free_port()}" for name in parts)
         port = free_port()
@@ -8388,7 +8389,16 @@ class TestReadme:
             wait_for("SeaweedFS has its bucket", lambda: has_bucket(has_s3, "my-bucket"), 60)
             worker = worker.replace("http://127.0.0.1:8333", endpoint)
             with started_worker(worker, tmp_path, comfyui_url) as url:
-                bash(smaller(client.replace("http://127.0.0.1:8000", url)), tmp_path)
+                bash(client.replace("http://127.0.0.1:8000", url), tmp_path)
+            wrong = worker.replace("my-secret-key", "another-key")
+            with started_worker(wrong, tmp_path, comfyui_url) as url:
+                command = ["bash", "-c", client.replace("http://127.0.0.1:8000", url)]
+                (elsewhere := tmp_path / "elsewhere").mkdir()
+                run = subprocess.run(
+                    command, cwd=elsewhere, capture_output=True, text=True, timeout=120
+                )
+        assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
+        assert "S3 bucket my-bucket" in run.stderr, "it says what the answer's message says"
         assert (tmp_path / "url.txt").read_text().startswith(f"{endpoint}/my-bucket/")
         assert (tmp_path / "from-s3.png").read_bytes().startswith(PNG)
 
@@ -8445,20 +8455,24 @@ class TestReadme:
             assert picture.format == "JPEG"
 
     def test_the_readmes_receiver_verifies_what_the_readme_sends(
-        self, worker: Worker, tmp_path: pathlib.Path
+        self, comfyui_url: str, tmp_path: pathlib.Path
     ) -> None:
         (code,) = blocks("python", "standardwebhooks")
         sync, later = blocks("bash", "127.0.0.1:9000")
+        (own,) = blocks("bash", "ALLOW_PRIVATE_ADDRESSES")
         assert "respond-async" in later
         port = free_port()
         log = tmp_path / "log"
-        with process(sys.executable, "-c", code.replace("9000", str(port)), log=log):
+        with (
+            process(sys.executable, "-c", code.replace("9000", str(port)), log=log),
+            started_worker(own, tmp_path, comfyui_url) as url,
+        ):
             wait_for("the receiver listens", lambda: answers_at_all(f"http://127.0.0.1:{port}"))
             for command, status, told in (
                 (sync, "completed", "67890 completed {'custom_field': 'value'}\n"),
                 (later, "queued", "67891 completed {}\n"),
             ):
-                command = command.replace("http://127.0.0.1:8000", worker.url)
+                command = command.replace("http://127.0.0.1:8000", url)
                 command = smaller(command.replace("9000", str(port)))
                 assert without_base64(bash(command, tmp_path))["status"] == status
                 wait_for("it prints the job", lambda told=told: told in log.read_text())
@@ -8533,6 +8547,15 @@ class TestReadme:
             )
             assert row[1].strip("` ") == shown, each.name
 
+    def test_the_readmes_tables_have_no_variable_that_the_worker_lacks(self) -> None:
+        tables = README.partition("\n### Environment\n")[2].partition("\n### ")[0]
+        rows = re.findall(r"^\| (`[A-Z].*?) \|", tables, re.MULTILINE)
+        shown = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+        settings = [each.name.upper() for each in fields(pyworker.Settings)]
+        assert sorted(shown) == sorted(settings), set(shown) ^ set(settings)
+        told = set(re.findall(r"`([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+)(?:=[^`]*)?`", tables))
+        assert told <= {*settings}, told - {*settings}
+
     def test_the_readmes_table_of_parameters_is_right(self, worker: Worker) -> None:
         schemas = [
             worker.post({"modifier": name}).error["schema"]
@@ -8603,11 +8626,10 @@ class TestReadme:
         (code,) = blocks("bash", "pip install boto3")
         for name in ("pyworker.py", "modifiers.py"):
             shutil.copy(HERE / name, tmp_path)
-        subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
         port = free_port()
-        path = os.pathsep.join([str(tmp_path / "venv" / "bin"), os.environ["PATH"]])
-        environ = {**os.environ, "PATH": path, "COMFYUI_API_BASE": comfyui_url, "PORT": str(port)}
-        command = ("bash", "-ec", code.replace("python pyworker.py", "exec python pyworker.py"))
+        own = {"COMFYUI_API_BASE": comfyui_url, "PORT": str(port)}
+        environ = python_first({**os.environ, **own})
+        command = ("bash", "-ec", code.replace("python3 pyworker.py", "exec python3 pyworker.py"))
         with process(*command, log=tmp_path / "log", env=environ, cwd=tmp_path):
             wait_for("the worker is up", lambda: answers(f"http://127.0.0.1:{port}/health"), 180)
 
