@@ -55,6 +55,7 @@ import asyncio
 import base64
 import collections
 import contextlib
+import datetime
 import functools
 import hashlib
 import heapq
@@ -76,6 +77,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import statistics
 import struct
 import subprocess
@@ -101,6 +103,7 @@ import standardwebhooks
 import websocket
 import yaml
 from aiohttp import web
+from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from hypothesis import HealthCheck, given, settings
@@ -3337,6 +3340,7 @@ NAMES = {  # what names lead to at the first look-up, the second, …
     "v6.example": [["::1"]],
     "mixed.example": [[PUBLIC, "10.0.0.1"]],
     "rebinding.example": [[PUBLIC], ["127.0.0.1"]],
+    "moving.example": [[PUBLIC], ["127.0.0.1"]],
     "metadata.example": [["169.254.169.254"]],
     "nowhere.example": [[]],
 }
@@ -3426,6 +3430,51 @@ class TestInputs:
             "it is told of",
             lambda: worker.log.read_text().count("the client closed its connection"),
         )
+
+    def test_a_server_that_drips_is_given_up(self, start: Callable[..., Worker]) -> None:
+        hurried = start(command=("-c", IMPATIENT), MAX_INPUT_BYTES=1000)
+        began = time.monotonic()
+        answer = hurried.post({"workflow_json": inverted(f"{DrippingServer().url}/x.png")})
+        assert (answer.status, answer.error["type"]) == (400, "input_unavailable"), answer.json
+        assert time.monotonic() - began < 30
+
+    def test_a_job_names_so_many_files_and_no_more(self, worker: Worker, files: FileServer) -> None:
+        graph = {
+            str(number): node("LoadImage", image=f"{files.url}/{number}.png")
+            for number in range(201)
+        }
+        answer = worker.post({"workflow_json": graph})
+        assert (answer.status, answer.error["type"]) == (400, "invalid_request"), answer.json
+        assert "more than 200 files" in answer.error["message"] and files.asked == []
+
+    def test_as_many_jobs_fetch_files_as_may_wait(self, start: Callable[..., Worker]) -> None:
+        cramped, server = start(MAX_QUEUE_SIZE=0), DrippingServer()
+        first = connect(cramped, {"workflow_json": inverted(f"{server.url}/x.png")})
+        with first:
+            wait_for("it is asked", lambda: server.asked)
+            answer = cramped.post({"workflow_json": inverted(f"{server.url}/y.png")})
+            assert (answer.status, answer.error["type"]) == (503, "queue_full"), answer.json
+            assert cramped.post({"workflow_json": picture()}).status == 200
+        wait_for(
+            "its place is free",
+            lambda: (
+                cramped.post({"workflow_json": inverted("data:,x")}).error["type"]
+                == "input_unavailable"
+            ),
+        )
+
+    @pytest.mark.parametrize("is_async", [False, True])
+    def test_a_worker_that_stops_waits_for_no_slow_server(
+        self, start: Callable[..., Worker], receiver: Receiver, is_async: bool
+    ) -> None:
+        stopping, server = start(), DrippingServer()
+        input = {"workflow_json": inverted(f"{server.url}/x.png"), "webhook": {"url": receiver.url}}
+        job = in_background(stopping.post, input, {"Prefer": "respond-async"} if is_async else None)
+        wait_for("it is asked", lambda: server.asked)
+        stopping.process.send_signal(signal.SIGTERM)
+        answer = job.result(30)
+        assert (answer.status, answer.error["type"]) == (503, "shutting_down"), answer.json
+        assert stopping.process.wait(30) == 0
 
     def test_the_same_file_is_stored_once_and_cached(
         self, worker: Worker, files: FileServer
@@ -3658,6 +3707,20 @@ class TestInputs:
         assert answer.status == 200, "what is connected to is what was checked"
         again = worker.post({"workflow_json": inverted("http://rebinding.example/x.png")})
         assert again.status == 400 and RULE in again.error["message"], "and it is checked each time"
+        assert "127.0.0.1" not in again.error["message"], "nobody learns what a name leads to"
+
+    def test_the_address_of_an_s3_is_looked_up_once(
+        self, guarded: tuple[Worker, FileServer], receiver: Receiver
+    ) -> None:
+        worker, s3 = guarded[0], RawReceiver(FORBIDDEN)
+        keys = {"access_key_id": "a-key", "secret_access_key": "a-secret", "bucket_name": "any"}
+        url = s3.url.replace("127.0.0.1", "moving.example")  # public when it is checked
+        answer = worker.post({"workflow_json": picture(), "s3": {**keys, "endpoint_url": url}})
+        assert (answer.status, answer.error["type"]) == (502, "upload_failed"), answer.json
+        assert s3.asked == [], "what is connected to is what was checked"
+        job = {"workflow_json": picture(), "s3": {**keys, "endpoint_url": "http://public.example"}}
+        assert worker.post(job).error["type"] == "upload_failed", "the server has no PUT"
+        assert f"connects to {(PUBLIC, 80)}" in worker.read_log()
 
     @pytest.mark.parametrize("host", ["nowhere.example", "[::1%254294967295]", "[::1%25lo]"])
     def test_an_s3_endpoint_that_cannot_be_checked_is_refused(
@@ -5564,6 +5627,11 @@ class SlowProbeTunnel(Tunnel):
         return answer
 
 
+def list_in_lists(depth: int) -> list[Any]:
+    """A list in a list in a list …"""
+    return functools.reduce(lambda inner, _: [inner], range(depth), [])
+
+
 ODD_ANSWERS = [
     ("POST /prompt", 500, b"Internal Server Error"),
     ("POST /prompt", 400, b"no JSON"),
@@ -5573,6 +5641,11 @@ ODD_ANSWERS = [
         "POST /prompt",
         400,
         {"error": {"type": "x", "message": "y"}, "node_errors": {"1": {"errors": 5}}},
+    ),
+    (
+        "POST /prompt",
+        400,
+        {"error": {"type": "x", "message": "y"}, "node_errors": {"1": list_in_lists(300)}},
     ),
     ("POST /prompt", 200, {}),
     ("POST /prompt", 200, {"prompt_id": "of another"}),
@@ -5619,6 +5692,20 @@ ODD_ENTRIES: list[tuple[dict[str, Any], int]] = [
         },
         200,
     ),
+    (
+        {
+            "status": {"completed": True},
+            "outputs": {"1": {"images": [5, {"filename": "a"}], "animated": [True]}},
+        },
+        200,
+    ),
+    (
+        {
+            "status": {"completed": True},
+            "outputs": {"1": {"images": [{"filename": "a.png", "subfolder": "\ud800"}]}},
+        },
+        502,
+    ),
 ]
 
 
@@ -5636,6 +5723,8 @@ NO_GPU_FAULTS = [
     "CUDA error: out of memory",
     "CUDA error: no kernel image is available for execution on the device",
     "the prompt says CUDA error: device-side assert triggered",
+    "[Errno 36] File name too long: '/x/CUDA error: device-side assert triggered'",
+    "[Errno 36] File name too long: 'x error: X_EXECUTION_FAILED'",
 ]
 
 
@@ -6424,6 +6513,7 @@ class RawServer:
     """Answers each connection as no HTTP server would; `answer` says how."""
 
     def __init__(self) -> None:
+        self.asked: list[bytes] = []  # how each request began
         self._server = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
         threading.Thread(target=self._serve, daemon=True).start()
@@ -6435,11 +6525,21 @@ class RawServer:
 
     def _handle(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError), client:
-            client.recv(1 << 20)
+            self.asked.append(client.recv(1 << 20))
             self.answer(client)
 
     def answer(self, client: socket.socket) -> None:
         raise NotImplementedError
+
+
+class DrippingServer(RawServer):
+    """Sends a picture of 10 GB, a few bytes a second."""
+
+    def answer(self, client: socket.socket) -> None:
+        client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10000000000\r\n\r\n\x89PNG")
+        while True:
+            time.sleep(0.1)
+            client.sendall(b"\0")
 
 
 class EndlessServer(RawServer):
@@ -6453,8 +6553,11 @@ class EndlessServer(RawServer):
             self.sent += client.send(bytes(1 << 16))
 
 
+FORBIDDEN = b"HTTP/1.1 403 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
 class RawReceiver(RawServer):
-    """A webhook receiver that says what no HTTP server would."""
+    """Says these words to everybody, which may be what no HTTP server would say."""
 
     def __init__(self, words: bytes) -> None:
         self.words = words
@@ -6492,12 +6595,61 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 pyworker.main()
 """
+# Starts a worker whose first two timers find no thread.
+NO_TIMERS = """
+import threading, pyworker
+start, left = threading.Timer.start, [1, 2]
+def fail_twice(timer):
+    if left:
+        left.pop()
+        raise RuntimeError("can't start new thread")
+    start(timer)
+threading.Timer.start = fail_twice
+pyworker.main()
+"""
+# Starts a worker whose pools have no threads.
+NO_POOLS = """
+import concurrent.futures.thread, pyworker
+def fail(pool):
+    raise RuntimeError("can't start new thread")
+concurrent.futures.thread.ThreadPoolExecutor._adjust_thread_count = fail
+pyworker.main()
+"""
+# Starts a worker for which a minute's timer rings after two seconds.
+IMPATIENT = """
+import threading
+Timer = threading.Timer
+threading.Timer = lambda seconds, *rest: Timer(seconds / 30, *rest)
+import pyworker
+pyworker.main()
+"""
 # Starts a worker that may have 40 files and sockets open, and can't change that.
 VERY_FEW_FILES = """
 import resource, pyworker
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
 pyworker.main()
 """
+
+
+@contextlib.contextmanager
+def tls_server(folder: pathlib.Path) -> Iterator[str]:
+    """The URL of a server whose certificate nobody has signed but itself."""
+    key = rsa.generate_private_key(65537, 2048)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    today = datetime.datetime.now(datetime.timezone.utc)
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1)
+    made = made.not_valid_before(today).not_valid_after(today + datetime.timedelta(days=1))
+    plain = serialization.NoEncryption()
+    pem, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    content = made.sign(key, hashes.SHA256()).public_bytes(pem)
+    (folder / "server.pem").write_bytes(content + key.private_bytes(pem, form, plain))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server.pem")
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"https://127.0.0.1:{server.server_port}/"
+        server.shutdown()
 
 
 class TestStrangers:
@@ -6579,6 +6731,40 @@ class TestStrangers:
         assert "more than 1048576 bytes" in answer.files[0]["upload_error"]
         assert base64.b64decode(answer.files[0]["data"]).startswith(b"\x89PNG")
         assert endless.sent < 1 << 26, "it was hung up on"
+
+    def test_an_s3_is_not_asked_whether_it_wants_the_file(self, worker: Worker) -> None:
+        # botocore would wait for an answer to the question for as long as one comes, byte by byte.
+        s3 = RawReceiver(FORBIDDEN)
+        keys = {"access_key_id": "a-key", "secret_access_key": "a-secret", "bucket_name": "any"}
+        job = {"workflow_json": picture(), "s3": {**keys, "endpoint_url": s3.url}}
+        assert worker.post(job).error["type"] == "upload_failed"
+        (head,) = s3.asked
+        assert head.startswith(b"PUT /any/") and b"expect:" not in head.lower()
+
+    def test_one_answer_carries_so_much_base64_and_no_more(
+        self, start: Callable[..., Worker]
+    ) -> None:
+        pictures = {"1": {**picture()["1"]}, "2": picture()["2"]}
+        pictures["1"]["inputs"]["batch_size"] = 9
+        size = start().post({"workflow_json": pictures}).files[0]["size"]
+        frugal = start(OUTPUT_BASE64_MAX_BYTES=size)
+        files = frugal.post({"workflow_json": pictures}).files
+        errors = [file["error"] for file in files if "data" not in file]
+        assert (len(files), len(errors)) == (9, 5)
+        assert all("4 times" in error and "use S3" in error for error in errors)
+        again = frugal.post({"workflow_json": pictures}).files
+        assert sum("data" in file for file in again) == 4, "each answer has its own"
+
+    def test_a_file_outside_of_comfyuis_folders_is_not_asked_for(
+        self, start: Callable[..., Worker], comfyui_url: str
+    ) -> None:
+        file = {"filename": "/elsewhere/test_00001_.png", "subfolder": "", "type": "output"}
+        entry = {"status": {"completed": True}, "outputs": {"1": {"images": [file]}}}
+        tunnel = RewritingTunnel(comfyui_url, entry)  # which would give any file that is asked for
+        answer = start(COMFYUI_API_BASE=tunnel.url).post({"workflow_json": picture()})
+        assert (answer.status, answer.error["type"]) == (502, "comfyui_error"), answer.json
+        assert "it lies outside of ComfyUI's folders" in answer.error["message"]
+        assert "elsewhere" not in answer.body.decode() and "data" not in answer.files[0]
 
     def test_a_client_that_reads_nothing_holds_up_no_job(
         self, start: Callable[..., Worker], tmp_path: pathlib.Path
@@ -6727,6 +6913,54 @@ class TestStrangers:
         assert footprint(telling)[0] < 60, "each try has a thread, not each webhook"
         assert telling.post({"workflow_json": picture()}).status == 200
         receiver.wait_for(1)
+
+    def test_receivers_that_never_answer_leave_a_try_for_each_other_one(
+        self, start: Callable[..., Worker]
+    ) -> None:
+        telling, other = start(), Receiver()
+        dead = [socket.create_server(("127.0.0.1", 0), backlog=100) for _ in range(5)]
+        with contextlib.ExitStack() as stack:
+            urls = [
+                f"http://127.0.0.1:{stack.enter_context(each).getsockname()[1]}/" for each in dead
+            ]
+            for url in urls * 20:
+                webhook = {"url": url, "timeout": 3600}
+                answer = telling.post({"workflow_json": {"1": node("Nope")}, "webhook": webhook})
+                assert answer.error["type"] == "workflow_rejected"
+            job = {"workflow_json": picture(), "webhook": {"url": other.url}}
+            assert telling.post(job).status == 200
+            other.wait_for(1)
+
+    def test_a_receiver_with_a_wrong_certificate_is_tried_again(
+        self, start: Callable[..., Worker], tmp_path: pathlib.Path
+    ) -> None:
+        with tls_server(tmp_path) as url:
+            telling = start(WEBHOOK_RETRY_PAUSES="0.1", WEBHOOK_URL=url)
+            assert telling.post({"workflow_json": picture()}).status == 200
+            wait_for("it was given up", lambda: telling.logged("was not delivered"))
+        assert re.search("certificate verify failed.*; it is tried again", telling.read_log())
+
+    def test_a_webhook_outlives_a_system_without_threads(
+        self, start: Callable[..., Worker], receiver: Receiver
+    ) -> None:
+        telling = start(command=("-c", NO_TIMERS), WEBHOOK_RETRY_PAUSES="0.1,0.1,0.1,0.1")
+        webhook = {"url": receiver.url}
+        assert telling.post({"workflow_json": picture(), "webhook": webhook}).status == 200
+        receiver.wait_for(1)
+        assert telling.read_log().count("the system has no more threads for it") == 2
+
+    def test_files_are_delivered_by_a_system_without_threads(
+        self, start: Callable[..., Worker]
+    ) -> None:
+        cramped = start(command=("-c", NO_POOLS))
+        pictures = {"1": {**picture()["1"]}, "2": picture()["2"]}
+        pictures["1"]["inputs"]["batch_size"] = 3
+        answer = cramped.post({"workflow_json": pictures})
+        assert answer.status == 200 and all("data" in file for file in answer.files), answer.json
+        uri = f"data:image/png;base64,{base64.b64encode(some_png()).decode()}"
+        refused = cramped.post({"workflow_json": saved(uri)})
+        assert (refused.status, refused.error["type"]) == (503, "queue_full")
+        assert "no more threads" in refused.error["message"]
 
     def test_a_receiver_that_drips_its_answer_is_given_up(
         self, start: Callable[..., Worker]
