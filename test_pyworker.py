@@ -2799,7 +2799,7 @@ class TestWire:
 
 
 UNREADABLE = [
-    ({"PORT": "abc"}, "PORT has to be a whole number"),
+    ({"PORT": "abc"}, "PORT has to be a whole number from 0 to 65535, not 'abc'"),
     ({"PORT": "70000"}, "PORT has to be a whole number from 0 to 65535"),
     ({"JOB_TIMEOUT": "-1"}, "JOB_TIMEOUT has to be a number from 0 to 10000000"),
     ({"JOB_TIMEOUT": "nan"}, "JOB_TIMEOUT has to be a number"),
@@ -2868,6 +2868,15 @@ class TestSettings:
             "the keys are missed",
             lambda: told.logged("WARNING jobs that use S3 will be refused: there are no keys"),
         )
+
+    def test_s3_settings_without_a_bucket_are_told_at_start(
+        self, start: Callable[..., Worker]
+    ) -> None:
+        url = "http://127.0.0.1:1"
+        told = start(S3_ENDPOINT_URL=url, S3_PUBLIC_URL=url)
+        for name in ("S3_ENDPOINT_URL", "S3_PUBLIC_URL"):
+            words = f"WARNING {name} is set but no S3_BUCKET_NAME: S3 is off"
+            wait_for(f"{name} is told of", functools.partial(told.logged, words))
 
     def test_workflow_files_that_cannot_be_used_are_told_at_start(
         self, start: Callable[..., Worker], tmp_path: pathlib.Path
@@ -4338,7 +4347,8 @@ class TestComfyUI:
             "5",
         )
         name = f"ComfyUI at {tunnel.url} (COMFYUI_API_BASE)"
-        assert f"{name} is not up yet" in refused.error["message"]
+        hint = "is not up yet: start it, or correct the address"
+        assert f"{name} {hint}" in refused.error["message"]
         log = early.read_log()
         assert f"waiting for {name}" in log and "python main.py" in log
         assert f"cannot reach {name}: " in log
@@ -4657,6 +4667,7 @@ class TestDelivery:
         answer = worker.post({"workflow_json": picture(), "s3": wrong})
         assert (answer.status, answer.error["type"]) == (502, "upload_failed"), answer.json
         assert "the S3 bucket outputs did not take" in answer.error["message"]
+        assert "S3_…; a file that is not too large is in data" in answer.error["message"]
         file = answer.files[0]
         assert file["upload_error"] and base64.b64decode(file["data"]) == as_written(
             comfyui_url, file
@@ -4930,6 +4941,13 @@ class TestDelivery:
         signing.post({"workflow_json": picture(), "webhook": {"extra_params": {"a": 1}}})
         headers, body = receiver.wait_for(2)[1]
         assert standardwebhooks.Webhook(SIGNING_SECRET).verify(body, headers)["extra"] == {"a": 1}
+        another = f"whsec_{base64.b64encode(b'of the request').decode()}"
+        answer = signing.post({"workflow_json": picture(), "webhook": {"secret": another}})
+        assert answer.json["warnings"] == [
+            "webhook.secret was ignored: WEBHOOK_SECRET signs for WEBHOOK_URL"
+        ]
+        headers, body = receiver.wait_for(3)[2]
+        assert standardwebhooks.Webhook(SIGNING_SECRET).verify(body, headers)
 
     def test_a_receiver_that_never_answers_delays_no_job(
         self, worker: Worker, receiver: Receiver
@@ -5479,11 +5497,13 @@ class TestAnswers:
             graph = long_job(30 if number else 300)  # the first lasts until all have come
             jobs.append(in_background(worker.post, {"workflow_json": graph}, STREAM))
             wait_for("it is in the line", functools.partial(in_line, worker, number))
+        with connect(worker, {"workflow_json": picture()}):
+            wait_for("another one is behind them", functools.partial(in_line, worker, 3))
+        wait_for("it has left", functools.partial(in_line, worker, 2))
         told = [events(job.result(120).body) for job in jobs]
         places = [[about["position"] for name, about in each if name == "queued"] for each in told]
-        assert places[1:] == [[1], [2, 1]] and all(
-            each[-1][1]["status"] == "completed" for each in told
-        )
+        assert places[1:] == [[1], [2, 1]], "each is told once"
+        assert all(each[-1][1]["status"] == "completed" for each in told)
 
     def test_a_stream_is_kept_alive(self, start: Callable[..., Worker]) -> None:
         lively = start(EVENT_KEEP_ALIVE=0.2)
@@ -6492,6 +6512,19 @@ class LyingTunnel(Tunnel):
         return answer.replace(true[0], lie)
 
 
+class NumberlessTunnel(Tunnel):
+    """Has ComfyUI tell of a step that is no number, as a custom node may."""
+
+    def inspect(self, said: bytes, answer: bytes) -> bytes:
+        if not said.startswith(b"GET /ws"):
+            return answer
+        return re.sub(
+            rb'"value": [1-9][0-9.]+',
+            lambda found: b'"value":' + b"NaN".rjust(len(found[0]) - 8),
+            answer,
+        )
+
+
 class SwappingTunnel(Tunnel):
     """Has ComfyUI say that what runs waits, and that nothing runs."""
 
@@ -6761,7 +6794,10 @@ class TestStrangers:
         file = {"filename": "/elsewhere/test_00001_.png", "subfolder": "", "type": "output"}
         entry = {"status": {"completed": True}, "outputs": {"1": {"images": [file]}}}
         tunnel = RewritingTunnel(comfyui_url, entry)  # which would give any file that is asked for
-        answer = start(COMFYUI_API_BASE=tunnel.url).post({"workflow_json": picture()})
+        keys = {"access_key_id": "a-key", "secret_access_key": "a-secret", "bucket_name": "any"}
+        s3 = {**keys, "endpoint_url": "http://127.0.0.1:1"}  # where nobody takes it
+        job = {"workflow_json": picture(), "return_outputs_as_base64": True, "s3": s3}
+        answer = start(COMFYUI_API_BASE=tunnel.url).post(job)
         assert (answer.status, answer.error["type"]) == (502, "comfyui_error"), answer.json
         assert "it lies outside of ComfyUI's folders" in answer.error["message"]
         assert "elsewhere" not in answer.body.decode() and "data" not in answer.files[0]
@@ -6848,6 +6884,14 @@ class TestStrangers:
         answer = behind.post({"workflow_json": long_job(60)})
         assert not tunnel.is_lying, "or nothing was tried"
         assert (answer.status, len(answer.files)) == (200, 1), answer.json
+
+    def test_a_step_that_is_no_number_is_not_told(
+        self, start: Callable[..., Worker], comfyui_url: str
+    ) -> None:
+        behind = start(COMFYUI_API_BASE=NumberlessTunnel(comfyui_url).url)
+        answer = behind.post({"workflow_json": long_job(60)}, STREAM)
+        assert b"NaN" not in answer.body, "which JSON does not have"
+        assert events(answer.body)[-1][1]["status"] == "completed"
 
     @pytest.mark.parametrize("version", COMFYUI_VERSIONS)
     def test_a_comfyui_that_runs_nothing_is_told_and_waited_for(
