@@ -688,10 +688,11 @@ def fill(graph: Graph, modifications: JsonObject) -> Graph:
         names = sorted({*workflow.placeholders, *workflow.prompts})
         literals = [target for target, value in _inputs(graph) if isinstance(value, LITERAL)]
         told = "; ".join(problems[:MAX_PROBLEMS])
-        takes = _listed([*names, _choices(graph, literals)])
         settable = [{"name": name} for name in names]
         settable += [_about(graph, target) for target in literals]
-        raise InvalidModification(f"{told}; what can be set: {takes}", settable=settable)
+        takes = _listed([each["name"] for each in settable])
+        message = f"{told}; what can be set: {takes}; error.settable tells more"
+        raise InvalidModification(message, settable=settable)
     return _apply(graph, values)
 
 
