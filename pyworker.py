@@ -2500,10 +2500,14 @@ def _embed(job: Job, api: ComfyUIApi, is_shown: bool, output: Output, conversion
     with api.view(output, conversion) as file:
         if not is_wanted and "upload_error" not in output:
             return
-        output["error"] = _claim_base64(job, output["size"])
-        if not output["error"]:
-            del output["error"]
+        if refusal := _claim_base64(job, output["size"]):
+            output["error"] = refusal
+            return
+        try:
             output["data"] = base64.b64encode(file.read())
+        except CONNECTION_LOST:  # there may be another try
+            _claim_base64(job, -output["size"])
+            raise
 
 
 def _claim_base64(job: Job, size: int) -> str:
@@ -2663,7 +2667,12 @@ def s3_client(settings: Settings, is_own: bool = False) -> Any:
         return _s3_client(Settings(**relevant), is_own)
 
 
-@lru_cache(maxsize=32)  # making a client takes 100 ms and 12 MB; threads can share it
+@lru_cache  # each session parses the tables of AWS anew, which takes 100 ms and 12 MB
+def _s3_session(boto3: Any) -> Any:
+    return boto3.Session()
+
+
+@lru_cache(maxsize=32)  # making a client takes 5 ms; threads can share it
 def _s3_client(settings: Settings, is_own: bool) -> Any:
     try:
         import boto3
@@ -2687,12 +2696,13 @@ def _s3_client(settings: Settings, is_own: bool) -> Any:
     )
     region = settings.s3_region or ("us-east-1" if endpoint else None)
     try:
-        session = boto3.Session(*(getattr(settings, name) or None for name in S3_KEYS))
-        client = session.client("s3", region, endpoint_url=endpoint, config=config)
+        session = _s3_session(boto3)
+        keys = {f"aws_{name[3:]}": getattr(settings, name) or None for name in S3_KEYS}
+        client = session.client("s3", region, endpoint_url=endpoint, config=config, **keys)
         client.meta.events.register("before-send.s3", partial(_send_to_s3, client))
         if is_own and not settings.allow_private_addresses:
             _keep_public(client)
-        has_keys = session.get_credentials() is not None
+        has_keys = settings.s3_access_key_id or session.get_credentials()
     except (BotoCoreError, ValueError) as error:
         raise bad_request(f"the S3 settings cannot be used: {error}") from None
     if not has_keys:
