@@ -213,7 +213,7 @@ def read_signing_key(secret: Any) -> bytes:
 
 
 URL_EXPECTED = (
-    "an http:// or https:// URL in plain ASCII, without a password,"
+    "an http:// or https:// URL in plain ASCII (a space is %20), without a password,"
     " such as https://example.com/path"
 )
 read_text = reader(
@@ -460,11 +460,12 @@ RANDOM_INT = "__RANDOM_INT__"
 MAX_JSON_VALUES = 10**6
 # ComfyUI's own graphs nest 5 deep; deeper ones only serve to exhaust the stack.
 MAX_JSON_DEPTH = 100
+NEAR_CHARACTERS = 20  # before and behind what is no JSON that a message quotes
 MAX_HISTORY_DEPTH = 150  # ComfyUI's entry for a prompt has the request's graph in it
 MAX_WARNINGS = 20  # of one kind
 FIELD_HINTS = {  # by what ComfyUI and other workers call a field
     "prompt": "workflow_json, or prompt within modifications",
-    "images": "a URL or a data: URI within the workflow",
+    "images": "an input of a node, as a URL or a data: URI",
 }
 EVENT_STREAM = "text/event-stream"
 JSON = "application/json"
@@ -493,7 +494,10 @@ def parse_body(body: bytes) -> JsonObject:
         value = json.loads(body, parse_constant=_parse_finite, parse_float=_parse_finite)
         # Halves of surrogate pairs cannot be encoded: no answer could repeat them.
         json.dumps(map_strings(value, str, MAX_JSON_DEPTH), ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:  # JSON's and Unicode's errors are ValueErrors
+    except json.JSONDecodeError as error:
+        near = show(error.doc[max(0, error.pos - NEAR_CHARACTERS) : error.pos + NEAR_CHARACTERS])
+        raise bad_request(f"the body is not JSON: {error}; it is near {near}") from None
+    except (ValueError, RecursionError) as error:  # Unicode's errors are ValueErrors
         raise bad_request(f"the body is not JSON that can be read: {error}") from None
     if isinstance(value, dict) and isinstance(value.get("payload"), dict):
         value = value["payload"]
@@ -1399,8 +1403,8 @@ def _describe_node_error(class_type: str, error: JsonObject, graph: Graph, choic
         except JobError:
             pass  # ComfyUI's own words, which leave longer lists out, have to do
     if re.search(r"Invalid \w+ file", details):
-        where = "it has to lie in ComfyUI's input folder; or give its URL, http(s):// or data:"
-        return f"{cut(details, 500)} ({where})"
+        where = "it has to lie in ComfyUI's input folder; or send its http(s):// URL, or its"
+        return f"{cut(details, MAX_QUOTE)} ({where} base64 behind data:image/png;base64,)"
     linked = details.strip("'")
     if kind.startswith("exception_during") and " " not in details and linked not in graph:
         return f"it is linked to node {details}, which is not in the workflow"
@@ -2640,7 +2644,7 @@ def _upload_failed(settings: Settings, output: Output, error: Exception) -> Exce
     output["upload_error"] = scrub(text)
     where = f"the S3 bucket {settings.s3_bucket_name}"
     message = f"{where} did not take {show(output['filename'])}: {output['upload_error']}"
-    hint = "; the settings are those of s3, or S3_…; a file that is not too large is in data"
+    hint = "; check s3 in the request, or S3_… in the environment; the file may be in data"
     return JobError(502, "upload_failed", message[: MAX_MESSAGE - len(hint)] + hint)
 
 
@@ -3227,7 +3231,8 @@ class Worker:
         try:
             job.workflow = read_graph(modifiers.build(name, job.request.modifications, self.api))
         except modifiers.InvalidModification as error:
-            raise bad_request(str(error), "invalid_modification", **error.details) from None
+            message = "; ".join([str(error), *job.warnings])  # a misspelt field may be the cause
+            raise bad_request(message, "invalid_modification", **error.details) from None
         except ValueError as error:  # of read_graph, or the modifier's own
             log.exception("modifier %s", name)
             raise JobError(
@@ -3544,10 +3549,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         token, given = worker.settings.auth_token, self.headers.get("Authorization", "")
         if token and not hmac.compare_digest(f"Bearer {token}".encode(), given.encode("latin-1")):
+            lack = "wrong" if given.startswith("Bearer ") else "not behind the word Bearer"
             raise JobError(
                 401,
                 "unauthorized",
-                f"the token is {'wrong' if given else 'missing'}: send the worker's"
+                f"the token is {lack if given else 'missing'}: send the worker's"
                 " in the header 'Authorization: Bearer <token>'",
             )
         if path == "/metrics":

@@ -1882,8 +1882,19 @@ class StandIn:
 
 def serve_stand_in(port: int, *about: Any):
     """Serve a stand-in on 127.0.0.1 until SIGTERM or SIGINT."""
-    app = StandIn(*about).app
-    web.run_app(app, host="127.0.0.1", port=port, print=None, access_log=None, shutdown_timeout=0.1)
+    stand_in = StandIn(*about)
+    words = f"a stand-in for ComfyUI {stand_in.version} is up at http://127.0.0.1:{port}"
+    try:
+        web.run_app(
+            stand_in.app,
+            host="127.0.0.1",
+            port=port,
+            print=lambda _: print(f"{words}; Ctrl-C ends it", flush=True),
+            access_log=None,
+            shutdown_timeout=0.1,
+        )
+    except OSError as error:
+        sys.exit(f"cannot listen on port {port} (see --port): {error.strerror}")
 
 
 # What the tests stand on ##########################################################################
@@ -2948,6 +2959,7 @@ class TestSettings:
 NOT_A_JOB = [
     (b"", "the body is empty"),
     (b"{", "not JSON"),
+    (b'{"input": {"steps": 4,}}', """it is near '{"input": {"steps": 4,}}'"""),
     (b'{"input": {"a": "\\ud800"}}', "surrogates not allowed"),
     (b'{"input": {"\\ud800": 1}}', "surrogates not allowed"),
     (b'{"input": {"a": "\xed\xa0\x80"}}', "surrogates not allowed"),
@@ -2974,7 +2986,7 @@ BROKEN_RULES = [
     ({"modifications": {"prompt": "x"}}, "exactly one of"),
     ({"modifer": "Text2Image"}, "not neither; unknown: modifer (did you mean modifier?)"),
     ({"workflow": {"1": {}}, "images": []}, "unknown: workflow (did you mean workflow_json?)"),
-    ({"images": [{"name": "x.png"}]}, "images (did you mean a URL or a data: URI within"),
+    ({"images": [{"name": "x.png"}]}, "images (did you mean an input of a node, as a URL"),
     ({"prompt": {"1": {}}}, "prompt (did you mean workflow_json, or prompt within modifications?)"),
     (
         {"workflow_json": {"1": {"class_type": "X", "inputs": {}}}, "modifications": {"steps": 1}},
@@ -3076,6 +3088,12 @@ class TestRequest:
             None,
         )
         assert message in answer.error["message"]
+
+    def test_a_misspelt_field_is_told_where_something_is_missing(self, worker: Worker) -> None:
+        answer = worker.post({"modifier": "Text2Image", "modification": {"prompt": "a cat"}})
+        assert (answer.status, answer.error["type"]) == (400, "invalid_modification")
+        assert "prompt is missing" in answer.error["message"]
+        assert "modification (did you mean modifications?)" in answer.error["message"]
 
     @pytest.mark.parametrize(("input", "message"), BROKEN_RULES, ids=lambda value: str(value)[:50])
     def test_a_broken_rule_is_named(
@@ -3825,7 +3843,7 @@ REJECTED = {
         [
             "LoadImage (node 1): ",
             "Invalid image file: none.png",
-            "in ComfyUI's input folder; or give its URL",
+            "in ComfyUI's input folder; or send its http",
         ],
     ),
 }
@@ -4667,7 +4685,7 @@ class TestDelivery:
         answer = worker.post({"workflow_json": picture(), "s3": wrong})
         assert (answer.status, answer.error["type"]) == (502, "upload_failed"), answer.json
         assert "the S3 bucket outputs did not take" in answer.error["message"]
-        assert "S3_…; a file that is not too large is in data" in answer.error["message"]
+        assert answer.error["message"].endswith("S3_… in the environment; the file may be in data")
         file = answer.files[0]
         assert file["upload_error"] and base64.b64decode(file["data"]) == as_written(
             comfyui_url, file
@@ -6890,7 +6908,7 @@ class TestStrangers:
     ) -> None:
         behind = start(COMFYUI_API_BASE=NumberlessTunnel(comfyui_url).url)
         answer = behind.post({"workflow_json": long_job(60)}, STREAM)
-        assert b"NaN" not in answer.body, "which JSON does not have"
+        assert b": NaN" not in answer.body, "which JSON does not have"
         assert events(answer.body)[-1][1]["status"] == "completed"
 
     @pytest.mark.parametrize("version", COMFYUI_VERSIONS)
@@ -7630,6 +7648,7 @@ class TestModifiers:
                 "'STPES' fits nothing in the workflow (did you mean steps",
             ),
             ("RawWorkflow", {"3.sed": 1}, "(did you mean 3.seed"),
+            ("RawWorkflow", {"KSampler.cfg": 1}, "(did you mean 3.cfg?)"),
             ("RawWorkflow", {"promt": 1}, "(did you mean prompt"),
             ("switches", {"Steps fast": 1}, "(did you mean steps (fast)"),
             ("dynamic_inputs", {"bitdepth": 1}, "(did you mean bit_depth"),
@@ -8379,15 +8398,19 @@ class TestHTTP:
     def test_the_token_is_asked_for(self, start: Callable[..., Worker]) -> None:
         closed = start(AUTH_TOKEN="a-token-never-shown")
         job = {"workflow_json": picture()}
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer \xff"}):
-            answer = closed.post(job, headers)
+        for given, what in (
+            (None, "missing"),
+            ("Bearer wrong", "wrong"),
+            ("Bearer \xff", "wrong"),
+            ("a-token-never-shown", "not behind the word Bearer"),
+        ):
+            answer = closed.post(job, {"Authorization": given} if given else {})
             assert (answer.status, answer.error["type"], answer.headers["WWW-Authenticate"]) == (
                 401,
                 "unauthorized",
                 "Bearer",
             )
-            what = "the token is wrong" if headers else "the token is missing"
-            assert what in answer.error["message"]
+            assert f"the token is {what}: send" in answer.error["message"]
         assert closed.post(job, {"Authorization": "Bearer a-token-never-shown"}).status == 200
         assert closed.health().status == 200
         assert "a-token-never-shown" not in closed.read_log()
