@@ -562,8 +562,10 @@ def _targets(graph: Workflow, name: str) -> Iterable[Target]:
     if titled:
         return titled
     why = ": no text feeds the samplers' negative alone" if name == "negative_prompt" else ""
-    same = [str(target) for target in graph.named.get(name.rpartition(".")[2], [])]
-    near = _did_you_mean(name, same or [*graph.prompts, *graph.named, *graph.titled])
+    same = [*dict.fromkeys(map(str, graph.named.get(name.rpartition(".")[2], [])))]
+    near = f" (did you mean {' or '.join(same[:3])}?)"
+    if not same:
+        near = _did_you_mean(name, [*graph.prompts, *graph.named, *graph.titled])
     raise InvalidModification(f"{name[:80]!r} fits nothing in the workflow{why}{near}")
 
 
