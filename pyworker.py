@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import fnmatch
 import hashlib
 import hmac
 import http.server
@@ -492,8 +491,7 @@ def parse_body(body: bytes) -> JsonObject:
         raise bad_request(f"the body has more than {MAX_JSON_VALUES} values")
     try:
         value = json.loads(body, parse_constant=_parse_finite, parse_float=_parse_finite)
-        # Halves of surrogate pairs cannot be encoded: no answer could repeat them.
-        json.dumps(map_strings(value, str, MAX_JSON_DEPTH), ensure_ascii=False).encode()
+        _check_json(value, MAX_JSON_DEPTH)
     except json.JSONDecodeError as error:
         near = show(error.doc[max(0, error.pos - NEAR_CHARACTERS) : error.pos + NEAR_CHARACTERS])
         raise bad_request(f"the body is not JSON: {error}; it is near {near}") from None
@@ -507,6 +505,20 @@ def parse_body(body: bytes) -> JsonObject:
             ' {"input": {"workflow_json": {...}}}'
         )
     return value
+
+
+def _check_json(value: Any, max_depth: int) -> None:
+    """Raises UnicodeError for what no answer could repeat, and RecursionError for deep values."""
+    if not max_depth:
+        raise RecursionError(f"it is nested more than {MAX_JSON_DEPTH} deep")
+    if isinstance(value, str):
+        value.encode()  # halves of surrogate pairs cannot be encoded
+    if isinstance(value, (dict, list)):
+        for each in value:
+            _check_json(each, max_depth - 1)
+    if isinstance(value, dict):
+        for each in value.values():
+            _check_json(each, max_depth - 1)
 
 
 def _parse_finite(text: str) -> float:
@@ -593,7 +605,7 @@ def read_accept(value: Any) -> str:
         media_range = each.partition(";")[0].strip()
         if media_range in ("*/*", JSON):
             break
-        is_media = re.fullmatch(r"(image|video|audio|model|text)/[\w.+*-]+", media_range)
+        is_media = re.fullmatch(r"(image|video|audio|model|text)/([\w.+-]+|\*)", media_range)
         if is_media or media_range == OCTET_STREAM:
             return str(SAME_TYPES.get(media_range, media_range))
     return JSON
@@ -646,6 +658,7 @@ class Request:
         return setting in self.overridden and not self.settings.allow_private_addresses
 
 
+MAX_WEBHOOK_SECONDS = 300  # that a request may let its receiver take
 ID_READERS = {
     # It becomes a part of an S3 key.
     "request_id": pattern_reader(
@@ -670,7 +683,8 @@ GROUPS = {
         ),
     },
     "webhook": {
-        **{name: SETTING_READERS[f"webhook_{name}"] for name in ("url", "timeout", "secret")},
+        **{name: SETTING_READERS[f"webhook_{name}"] for name in ("url", "secret")},
+        "timeout": number_reader(0.001, MAX_WEBHOOK_SECONDS, int, float),
         "extra_params": read_object,
     },
 }
@@ -717,6 +731,7 @@ class Job:
     percent: float = 0.0  # the highest progress that was reported
     history: JsonObject = field(default_factory=dict)  # ComfyUI's entry for the prompt
     outputs: list[Output] = field(default_factory=list)
+    fetched: float = 0.0  # by monotonic(): until when its input files have come fast enough
     animated: frozenset[str] = frozenset()  # the names of images that move
     embedded_bytes: int = 0  # of its files that the answer carries as base64
     answer_file: Output | None = None  # the output whose bytes are the answer
@@ -920,6 +935,7 @@ MAX_REDIRECTS = 5
 MAX_ADDRESSES = 4  # of one name that are tried, each for the whole time-out
 PARALLEL_FILES = 4  # of one job
 MAX_INPUT_FILES = 200  # of one job
+SECONDS_PER_FILE = 2  # that a job gets for each of its files that is there
 SLOWEST_SERVER = 1 << 16  # bytes a second that a file has to arrive with, or a webhook to be taken
 # How an input begins that may name a file to fetch.
 FILE_SOURCE = re.compile(r"(?i)https?://|data:")
@@ -1061,8 +1077,8 @@ def http_exchange(
     """The response to a GET, or to a POST where there is a body, whatever its status.
 
     body: JSON, or pieces of what the headers describe. timeout: seconds without a byte.
-    total_timeout: seconds that all of it may take once it is connected; 0: no limit. Redirects are
-    not followed. Raises CONNECTION_LOST.
+    total_timeout: seconds from the connection to the end of the answer's head; 0: no limit.
+    Redirects are not followed. Raises CONNECTION_LOST.
     """
     parts = urlsplit(url)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -1074,17 +1090,28 @@ def http_exchange(
     connection = connection or connect(url, timeout, is_public_only)
     with ExitStack() as stack:
         stack.callback(connection.close)
-        if total_timeout:
-            timer = Timer(total_timeout, _shut_down, (connection.sock,))
-            stack.callback(timer.cancel)
-            with no_threads_as_503():
-                timer.start()
-        connection.request("GET" if body is None else "POST", target, body, headers)
-        response = connection.getresponse()
+        with time_limit(connection.sock, total_timeout):
+            connection.request("GET" if body is None else "POST", target, body, headers)
+            response = connection.getresponse()
         yield response
         if pool and response.length == 0 and not response.will_close:
             pool.give_back(connection)
             stack.pop_all()  # it stays open
+
+
+@contextmanager
+def time_limit(connection: socket.socket | None, seconds: float) -> Iterator[None]:
+    """Shuts the connection down if the block takes longer; 0: no limit."""
+    if not connection or not seconds:
+        yield
+        return
+    timer = Timer(seconds, _shut_down, (connection,))
+    with no_threads_as_503():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _shut_down(connection: socket.socket) -> None:
@@ -1136,11 +1163,10 @@ class DataUri:
 
 
 @contextmanager
-def open_source(source: str, is_public_only: bool, seconds: float) -> Iterator[Any]:
+def open_source(source: str, job: Job) -> Iterator[Any]:
     """The file behind an http(s) URL or a data: URI, with `read1` and `headers`.
 
-    seconds: that each server has for its whole answer. Raises CONNECTION_LOST, and ValueError where
-    there is no file.
+    Raises CONNECTION_LOST, ValueError where there is no file, or the error of `job.abort`.
     """
     if source[:5].lower() == "data:":
         yield DataUri(source)
@@ -1148,8 +1174,11 @@ def open_source(source: str, is_public_only: bool, seconds: float) -> Iterator[A
     for _ in range(MAX_REDIRECTS + 1):
         if not is_url(source):
             raise ValueError(f"it is not {URL_EXPECTED}")
+        check_pace(job)
         with http_exchange(
-            source, is_public_only=is_public_only, total_timeout=seconds
+            source,
+            is_public_only=not job.settings.allow_private_addresses,
+            total_timeout=HTTP_SECONDS,
         ) as response:
             if response.status == 200:
                 yield response
@@ -1192,10 +1221,8 @@ def download(job: Job, source: str, choice: str) -> tuple[BinaryIO, str]:
         file = tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
     # Without signatures and data, and without passwords.
     shown = re.sub("//[^/]*@", "//", re.split("[?,]", cut(source, MAX_QUOTE))[0])
-    is_public_only = not job.settings.allow_private_addresses
-    seconds = HTTP_SECONDS + job.settings.max_input_bytes / SLOWEST_SERVER
     try:
-        with open_source(source, is_public_only, seconds) as opened:
+        with open_source(source, job) as opened:
             digest = _copy(opened, file, job)
             mimetype = opened.headers.get_content_type()
         if not file.tell():
@@ -1233,13 +1260,25 @@ def _copy(opened: Any, file: BinaryIO, job: Job) -> str:
         digest.update(chunk)
         with disk_errors_as_500():
             file.write(chunk)
-        if job.abort_error:
-            raise job.abort_error
+        check_pace(job, len(chunk) / SLOWEST_SERVER)
         if file.tell() > job.settings.max_input_bytes:
             raise ValueError(
                 f"it has more than the {job.settings.max_input_bytes} bytes of MAX_INPUT_BYTES"
             )
+    check_pace(job, SECONDS_PER_FILE)
     return digest.hexdigest()
+
+
+def check_pace(job: Job, earned: float = 0) -> None:
+    """Raises ValueError where servers keep a job from its files, or the error of `job.abort`.
+
+    earned: the seconds that what has just come may have taken.
+    """
+    if job.abort_error:
+        raise job.abort_error
+    job.fetched = min(monotonic(), job.fetched + earned)
+    if monotonic() - job.fetched > HTTP_SECONDS:
+        raise ValueError("its server is too slow")
 
 
 def _extension(head: bytes, mimetype: str, url: str) -> str:
@@ -2422,7 +2461,9 @@ class Progress:
 MAX_BASE64_FILES = 4  # of the largest size that one answer carries; or more that are smaller
 _BASE64_LOCK = Lock()
 MAX_OWED_WEBHOOKS = 10000
-MAX_TRIES = 64  # at once, to the receivers that requests name
+MAX_OWED_TO_RECEIVER = 1000  # to one that requests name
+MANY_TRIES = 64  # at once, to the receivers that requests name
+MAX_TRIES = 256
 MAX_TRIES_OF_RECEIVER = 16
 SPOOL_BYTES = 1 << 20  # of an owed webhook that are kept in memory; a larger one waits on disk
 
@@ -2455,13 +2496,14 @@ def deliver_files(job: Job, api: ComfyUIApi, is_shown: bool) -> None:
     if len(keys) == 1:  # without the cost of a thread
         deliver_one(job.files[0], keys[0])
         return
-    deliveries: Iterator[None]
     try:
         with ThreadPoolExecutor(PARALLEL_FILES) as pool:
             deliveries = pool.map(deliver_one, job.files, keys)
+        list(deliveries)  # raises the first error
     except RuntimeError:  # the system has no more threads
-        deliveries = map(deliver_one, job.files, keys)
-    list(deliveries)  # raises the first error
+        with ExitStack() as stack:  # it runs all of them, and raises an error at its end
+            for output, key in zip(job.files, keys, strict=True):
+                stack.callback(deliver_one, output, key)
 
 
 def _deliver_file(job: Job, api: ComfyUIApi, is_shown: bool, output: Output, key: str) -> None:
@@ -2571,7 +2613,10 @@ def choose_answer_file(job: Job, api: ComfyUIApi) -> None:
     accept = job.request.accept
     for output in job.files:
         conversion = conversion_of(job, output)
-        is_fit = any(fnmatch.fnmatchcase(each, accept) for each in types_of(output))
+        types = types_of(output)
+        if accept.endswith("/*"):
+            types = [f"{each.partition('/')[0]}/*" for each in types]
+        is_fit = accept in types
         if not is_fit and accept in CONVERTED_TYPES:
             is_fit = is_still_image(output, job.animated)
             conversion = f"{accept.removeprefix('image/')};{job.request.output_quality}"
@@ -2649,6 +2694,7 @@ def _upload_failed(settings: Settings, output: Output, error: Exception) -> Exce
 
 
 MAX_S3_ANSWER_BYTES = 1 << 20
+S3_ANSWER_SECONDS = 600  # AWS needs minutes to put together a large file
 S3_CLIENT_SETTINGS = (
     *S3_KEYS,
     "s3_endpoint_url",
@@ -2704,8 +2750,7 @@ def _s3_client(settings: Settings, is_own: bool) -> Any:
         keys = {f"aws_{name[3:]}": getattr(settings, name) or None for name in S3_KEYS}
         client = session.client("s3", region, endpoint_url=endpoint, config=config, **keys)
         client.meta.events.register("before-send.s3", partial(_send_to_s3, client))
-        if is_own and not settings.allow_private_addresses:
-            _keep_public(client)
+        _guard_connections(client, is_own and not settings.allow_private_addresses)
         has_keys = settings.s3_access_key_id or session.get_credentials()
     except (BotoCoreError, ValueError) as error:
         raise bad_request(f"the S3 settings cannot be used: {error}") from None
@@ -2717,19 +2762,26 @@ def _s3_client(settings: Settings, is_own: bool) -> Any:
     return client
 
 
-def _keep_public(client: Any) -> None:
-    """Has botocore's connections lead to the very addresses that are checked."""
+def _guard_connections(client: Any, is_public_only: bool) -> None:
+    """Has each answer's head end in time, and connections lead to what was checked."""
 
-    def connect_public(connection: Any) -> socket.socket:
-        return _connect_public((connection.host, connection.port), connection.timeout)
+    def guard(pool: Any) -> Any:
+        class Connection(pool.ConnectionCls):  # type: ignore[misc]
+            def _new_conn(self) -> socket.socket:
+                if is_public_only:
+                    return _connect_public((self.host, self.port), self.timeout)
+                return super()._new_conn()  # type: ignore[no-any-return]
 
-    def checked(pool: Any) -> Any:
-        connection = type("Connection", (pool.ConnectionCls,), {"_new_conn": connect_public})
-        return type("Pool", (pool,), {"ConnectionCls": connection})
+            def getresponse(self, *arguments: Any, **options: Any) -> Any:
+                self.last_sock = self.sock  # which http.client may let go of
+                with time_limit(self.sock, S3_ANSWER_SECONDS):
+                    return super().getresponse(*arguments, **options)
+
+        return type("Pool", (pool,), {"ConnectionCls": Connection})
 
     manager = client._endpoint.http_session._manager
     pools = manager.pool_classes_by_scheme
-    manager.pool_classes_by_scheme = {scheme: checked(pools[scheme]) for scheme in pools}
+    manager.pool_classes_by_scheme = {scheme: guard(pools[scheme]) for scheme in pools}
 
 
 def _send_to_s3(client: Any, request: Any, **_: Any) -> Any:
@@ -2742,7 +2794,9 @@ def _send_to_s3(client: Any, request: Any, **_: Any) -> Any:
     request.headers.pop("Expect", None)  # botocore waits for ever for the end of a 100's head
     response = client._endpoint.http_session.send(request)
     try:
-        body = response.raw.read(MAX_S3_ANSWER_BYTES + 1)
+        connection = getattr(response.raw.connection, "last_sock", None)  # a proxy's has none
+        with time_limit(connection, S3_ANSWER_SECONDS):
+            body = response.raw.read(MAX_S3_ANSWER_BYTES + 1)
     except HTTPError as error:
         raise HTTPClientError(error=error) from None
     if len(body) > MAX_S3_ANSWER_BYTES:
@@ -2832,11 +2886,21 @@ class WebhookQueue:
     def add(self, webhook: Webhook, on_end: Callable[[str], None]) -> None:
         """Has the webhook posted until its receiver takes or refuses it, or no pause is left."""
         pauses = [float(each) for each in webhook.settings.webhook_retry_pauses.split(",")]
-        if sum(map(len, self._owed.values())) < MAX_OWED_WEBHOOKS:
+        if not self._is_full(webhook.receiver):
             self._put(OwedWebhook(monotonic(), next(self._numbers), webhook, pauses, on_end))
             return
         log.error("the webhook of job %s is dropped: too many are owed", webhook.job_id)
         on_end("failed")
+
+    def _is_full(self, receiver: str) -> bool:
+        """Whether no more can be owed to it: the operator's own has room of its own."""
+        with self._changed:
+            count_of = {each: len(heap) for each, heap in self._owed.items()}
+        own = count_of.pop("", 0)
+        if not receiver:
+            return own >= MAX_OWED_WEBHOOKS
+        is_full = sum(count_of.values()) >= MAX_OWED_WEBHOOKS
+        return is_full or count_of.get(receiver, 0) >= MAX_OWED_TO_RECEIVER
 
     def _put(self, owed: OwedWebhook) -> None:
         with self._changed:
@@ -2856,13 +2920,10 @@ class WebhookQueue:
         """The webhook that is due first, of a receiver with few tries under way."""
         with self._changed:
             while True:
-                is_full = self._under_way.total() >= MAX_TRIES
                 ready = [
                     heap
                     for receiver, heap in self._owed.items()
-                    if heap and self._under_way[receiver] < MAX_TRIES_OF_RECEIVER
-                    # No client's receivers keep the operator's own waiting.
-                    if not (is_full and receiver and self._under_way[receiver])
+                    if heap and self._under_way[receiver] < self._places(receiver)
                 ]
                 heap = min(ready, default=[])
                 wait = heap[0].due - monotonic() if heap else None
@@ -2870,6 +2931,13 @@ class WebhookQueue:
                     self._under_way[heap[0].webhook.receiver] += 1
                     return heappop(heap)
                 self._changed.wait(wait)
+
+    def _places(self, receiver: str) -> int:
+        """How many tries it may have at once: when there are many, each receiver has one."""
+        tries = self._under_way.total()
+        if not receiver or tries < MANY_TRIES:  # no client's receivers keep the operator's waiting
+            return MAX_TRIES_OF_RECEIVER
+        return 1 if tries < MAX_TRIES else 0
 
     def _try(self, owed: OwedWebhook) -> None:
         webhook, is_over, trouble = owed.webhook, not owed.pauses, ""
@@ -3258,6 +3326,7 @@ class Worker:
         sources = {source: choice for _, _, choice, source in found}
         if len(sources) > MAX_INPUT_FILES:
             raise bad_request(f"the workflow names more than {MAX_INPUT_FILES} files to fetch")
+        job.fetched = monotonic()
         with (
             self._queue.arriving(job),
             self._hang_ups.watch(job),

@@ -3458,11 +3458,16 @@ class TestInputs:
             lambda: worker.log.read_text().count("the client closed its connection"),
         )
 
-    def test_a_server_that_drips_is_given_up(self, start: Callable[..., Worker]) -> None:
-        hurried = start(command=("-c", IMPATIENT), MAX_INPUT_BYTES=1000)
+    @pytest.mark.parametrize("is_head", [False, True])
+    def test_a_server_that_drips_is_given_up(
+        self, start: Callable[..., Worker], is_head: bool
+    ) -> None:
+        hurried = start(command=("-c", IMPATIENT if is_head else HURRIED))
+        server = DrippingServer(b"HTTP/1.1 200 OK\r\nX: " if is_head else LARGE_PICTURE)
         began = time.monotonic()
-        answer = hurried.post({"workflow_json": inverted(f"{DrippingServer().url}/x.png")})
+        answer = hurried.post({"workflow_json": inverted(f"{server.url}/x.png")})
         assert (answer.status, answer.error["type"]) == (400, "input_unavailable"), answer.json
+        assert is_head or "its server is too slow" in answer.error["message"]
         assert time.monotonic() - began < 30
 
     def test_a_job_names_so_many_files_and_no_more(self, worker: Worker, files: FileServer) -> None:
@@ -4464,6 +4469,7 @@ class TestComfyUI:
 NO_AWS = """
 import io, sys, botocore.awsrequest, botocore.httpsession, pyworker
 class Empty(io.BytesIO):
+    connection = None
     def stream(self): return []
 def send(session, request):
     print("sent to", request.url, file=sys.stderr, flush=True)
@@ -6583,14 +6589,21 @@ class RawServer:
         raise NotImplementedError
 
 
+LARGE_PICTURE = b"HTTP/1.1 200 OK\r\nContent-Length: 10000000000\r\n\r\n\x89PNG"
+
+
 class DrippingServer(RawServer):
-    """Sends a picture of 10 GB, a few bytes a second."""
+    """Sends the start, and then ten bytes a second without end."""
+
+    def __init__(self, start: bytes = LARGE_PICTURE) -> None:
+        self.start = start
+        super().__init__()
 
     def answer(self, client: socket.socket) -> None:
-        client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10000000000\r\n\r\n\x89PNG")
+        client.sendall(self.start)
         while True:
             time.sleep(0.1)
-            client.sendall(b"\0")
+            client.sendall(b"x")
 
 
 class EndlessServer(RawServer):
@@ -6666,11 +6679,11 @@ def fail(pool):
 concurrent.futures.thread.ThreadPoolExecutor._adjust_thread_count = fail
 pyworker.main()
 """
-# Starts a worker for which a minute's timer rings after two seconds.
+# Starts a worker whose timers ring a hundred times as early.
 IMPATIENT = """
 import threading
 Timer = threading.Timer
-threading.Timer = lambda seconds, *rest: Timer(seconds / 30, *rest)
+threading.Timer = lambda seconds, *rest: Timer(seconds / 100, *rest)
 import pyworker
 pyworker.main()
 """
@@ -6791,6 +6804,20 @@ class TestStrangers:
         assert worker.post(job).error["type"] == "upload_failed"
         (head,) = s3.asked
         assert head.startswith(b"PUT /any/") and b"expect:" not in head.lower()
+
+    @pytest.mark.parametrize("is_head", [False, True])
+    def test_an_s3_that_drips_is_given_up(
+        self, start: Callable[..., Worker], is_head: bool
+    ) -> None:
+        head = b"HTTP/1.1 403 No\r\nX: " if is_head else b"HTTP/1.1 403 No\r\nX: y\r\n\r\n"
+        s3 = DrippingServer(head)
+        hurried = start(command=("-c", IMPATIENT), S3_CONNECT_ATTEMPTS=1)
+        keys = {"access_key_id": "a-key", "secret_access_key": "a-secret", "bucket_name": "any"}
+        began = time.monotonic()
+        job = {"workflow_json": picture(), "s3": {**keys, "endpoint_url": s3.url}}
+        answer = hurried.post(job)
+        assert (answer.status, answer.error["type"]) == (502, "upload_failed"), answer.json
+        assert "data" in answer.files[0] and time.monotonic() - began < 60
 
     def test_one_answer_carries_so_much_base64_and_no_more(
         self, start: Callable[..., Worker]
@@ -6986,12 +7013,31 @@ class TestStrangers:
                 f"http://127.0.0.1:{stack.enter_context(each).getsockname()[1]}/" for each in dead
             ]
             for url in urls * 20:
-                webhook = {"url": url, "timeout": 3600}
+                webhook = {"url": url, "timeout": 300}
                 answer = telling.post({"workflow_json": {"1": node("Nope")}, "webhook": webhook})
                 assert answer.error["type"] == "workflow_rejected"
             job = {"workflow_json": picture(), "webhook": {"url": other.url}}
             assert telling.post(job).status == 200
             other.wait_for(1)
+
+    def test_receivers_that_never_answer_take_so_many_threads_and_no_more(
+        self, start: Callable[..., Worker], receiver: Receiver
+    ) -> None:
+        telling = start(WEBHOOK_URL=receiver.url)
+        dead = socket.create_server(("127.0.0.1", 0), backlog=1000)
+        for number in range(400):  # each one a receiver of its own: all of 127.0.0.0/8 is here
+            url = f"http://127.0.{number // 200}.{number % 200 + 1}:{dead.getsockname()[1]}/"
+            webhook = {"url": url, "timeout": 300}
+            assert telling.post({"workflow_json": {"1": node("No")}, "webhook": webhook})
+        assert footprint(telling)[0] < 600, "a try has a thread, and its limit has another"
+        assert telling.post({"workflow_json": picture()}).status == 200
+        receiver.wait_for(1)
+
+    def test_a_receiver_may_take_so_long_and_no_longer(self, worker: Worker) -> None:
+        webhook = {"url": "http://127.0.0.1:1/", "timeout": 301}
+        answer = worker.post({"workflow_json": picture(), "webhook": webhook})
+        assert (answer.status, answer.error["type"]) == (400, "invalid_request"), answer.json
+        assert "webhook.timeout has to be a number from 0.001 to 300" in answer.error["message"]
 
     def test_a_receiver_with_a_wrong_certificate_is_tried_again(
         self, start: Callable[..., Worker], tmp_path: pathlib.Path
