@@ -732,6 +732,7 @@ class Job:
     history: JsonObject = field(default_factory=dict)  # ComfyUI's entry for the prompt
     outputs: list[Output] = field(default_factory=list)
     fetched: float = 0.0  # by monotonic(): until when its input files have come fast enough
+    input_bytes: int = 0  # of its input files, until now
     animated: frozenset[str] = frozenset()  # the names of images that move
     embedded_bytes: int = 0  # of its files that the answer carries as base64
     answer_file: Output | None = None  # the output whose bytes are the answer
@@ -895,8 +896,10 @@ def _override(job: Job, settings: Settings, own: JsonObject) -> tuple[Settings, 
         own = {"s3_public_url": "", **own}
     if "webhook_url" in changed:
         own = {"webhook_secret": b"", **own}
-    elif settings.webhook_secret and own.pop("webhook_secret", b""):
-        job.warnings.append("webhook.secret was ignored: WEBHOOK_SECRET signs for WEBHOOK_URL")
+    else:
+        own.pop("webhook_timeout", None)  # the operator's receiver has the operator's
+        if settings.webhook_secret and own.pop("webhook_secret", b""):
+            job.warnings.append("webhook.secret was ignored: WEBHOOK_SECRET signs for WEBHOOK_URL")
     result = replace(settings, **own)
     if any(name.startswith("s3_") for name in own) and not result.s3_bucket_name:
         raise bad_request("s3 needs a bucket: give s3.bucket_name, or set S3_BUCKET_NAME")
@@ -932,9 +935,11 @@ CHUNK_BYTES = 1 << 16
 HTTP_SECONDS = 60
 IDLE_SECONDS = 30  # that a connection is kept unused; ComfyUI closes it after 75
 MAX_REDIRECTS = 5
+MAX_HEADS = 10  # of one answer
 MAX_ADDRESSES = 4  # of one name that are tried, each for the whole time-out
 PARALLEL_FILES = 4  # of one job
 MAX_INPUT_FILES = 200  # of one job
+MAX_LARGE_INPUTS = 10  # of the largest size that one job may have; or more that are smaller
 SECONDS_PER_FILE = 2  # that a job gets for each of its files that is there
 SLOWEST_SERVER = 1 << 16  # bytes a second that a file has to arrive with, or a webhook to be taken
 # How an input begins that may name a file to fetch.
@@ -1006,7 +1011,18 @@ def _connect_public(address: tuple[str, int], timeout: float, *_: Any) -> socket
 
 
 class CheckedResponse(HTTPResponse):
-    """A response that notices when its body is cut short; http.client ends it in silence."""
+    """A response that notices when its body is cut short; http.client ends it in silence.
+
+    It takes a few heads of status 100 before its own; http.client reads on for ever.
+    """
+
+    _heads = 0
+
+    def _read_status(self) -> Any:
+        self._heads += 1
+        if self._heads > MAX_HEADS:
+            raise HTTPException("it says 100 Continue again and again")
+        return super()._read_status()  # type: ignore[misc]
 
     def read(self, amt: int | None = None) -> bytes:
         """At most `amt` bytes, or the rest; ConnectionError or IncompleteRead where it is cut."""
@@ -1234,6 +1250,8 @@ def download(job: Job, source: str, choice: str) -> tuple[BinaryIO, str]:
         if mimetype == "text/html" or (choice != "file" and is_text):
             raise ValueError(f"it is no {choice}, but text: {show(head.decode(errors='replace'))}")
     except (*CONNECTION_LOST, ValueError) as error:
+        if job.abort_error:  # while a server was silent
+            raise job.abort_error from None
         raise bad_request(
             f"the input {shown} cannot be had: {describe_error(error)}", "input_unavailable"
         ) from None
@@ -1255,15 +1273,18 @@ def disk_errors_as_500() -> Iterator[None]:
 
 def _copy(opened: Any, file: BinaryIO, job: Job) -> str:
     """Copies what was opened into the file; returns its SHA-256."""
-    digest = hashlib.sha256()
+    digest, limit = hashlib.sha256(), job.settings.max_input_bytes
     while chunk := opened.read1(CHUNK_BYTES):
         digest.update(chunk)
         with disk_errors_as_500():
             file.write(chunk)
         check_pace(job, len(chunk) / SLOWEST_SERVER)
-        if file.tell() > job.settings.max_input_bytes:
+        job.input_bytes += len(chunk)
+        if file.tell() > limit:
+            raise ValueError(f"it has more than the {limit} bytes of MAX_INPUT_BYTES")
+        if job.input_bytes > MAX_LARGE_INPUTS * limit:
             raise ValueError(
-                f"it has more than the {job.settings.max_input_bytes} bytes of MAX_INPUT_BYTES"
+                f"the job's files have more than {MAX_LARGE_INPUTS} times MAX_INPUT_BYTES"
             )
     check_pace(job, SECONDS_PER_FILE)
     return digest.hexdigest()
@@ -1374,20 +1395,34 @@ def unusable_answer(what: str) -> JobError:
 Choices = Callable[[str, str], list[str]]  # what there is to choose for a class' input, by its name
 
 
+class Rejected(JobError):
+    """What POST /prompt has said of a workflow that it refuses.
+
+    It is put into words, which may take a while, by whoever does not have the GPU: see `rejection`.
+    """
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__(422, "workflow_rejected", "ComfyUI refuses the workflow")
+        self.answer = answer
+
+
+@bad_answer_as_502()
 def rejection(
     answer: JsonObject, graph: Graph, choices: Choices, find_missing: Callable[[Graph], Graph]
 ) -> JobError:
-    """The error of a workflow that POST /prompt refuses with this answer, scrubbed.
+    """The error of a workflow that POST /prompt refuses with this answer.
 
     find_missing: returns the nodes whose class ComfyUI has not.
     """
+    answer = scrub(answer, own_words(graph))
     error, node_errors = answer["error"], answer.get("node_errors") or {}
     reason = describe_node_errors(node_errors, graph, choices)
     details = {}
     if error["type"] in ("missing_node_type", "invalid_prompt") and not reason:
-        missing = {each: node["class_type"] for each, node in find_missing(graph).items()}
-        reason = describe_missing(missing)
-        details["missing_nodes"] = missing
+        with suppress(*CONNECTION_LOST):  # ComfyUI's own words have to do
+            missing = {each: node["class_type"] for each, node in find_missing(graph).items()}
+            reason = describe_missing(missing)
+            details["missing_nodes"] = missing
     if not reason:
         reason = f"{error['message']} {error.get('details', '')}".strip()
         reason += HINTS.get(error["type"], "")
@@ -1671,6 +1706,7 @@ MODEL_EXTENSIONS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gg
 # What inputs for a model are called, of which none is installed.
 MODEL_INPUT = re.compile(r"name|model|lora|vae|ckpt|clip|unet|config")
 # Names of files that ComfyUI makes, and whose /view answers with 400 or not at all.
+SURROGATES = re.compile("[\ud800-\udfff]")  # stand for what is no UTF-8
 NOT_GIVEN = re.compile(r"\.\.|[\x00-\x1f\x7f\ud800-\udfff]")
 LOOK_UP_SECONDS = 1  # between questions to a ComfyUI that tells nothing by itself
 
@@ -1965,7 +2001,8 @@ def _offered(kind: Any, options: JsonObject) -> list[Any]:
 
 def is_withheld(output: Output) -> bool:
     """Whether ComfyUI's /view refuses a file that it has, for its name's sake."""
-    return NOT_GIVEN.search(f"{output['subfolder']}/{output['filename']}") is not None
+    is_refused = NOT_GIVEN.search(output["filename"]) or SURROGATES.search(output["subfolder"])
+    return is_refused is not None
 
 
 def _open_local(output: Output) -> BinaryIO:
@@ -2155,7 +2192,8 @@ class PromptRunner:
             kind, size = int.from_bytes(frame[:4], "big"), int.from_bytes(frame[4:8], "big")
             if kind != PREVIEW_WITH_METADATA:
                 return
-            about, picture = json.loads(frame[8 : 8 + size]), frame[8 + size :]
+            about = json.loads(frame[8 : 8 + size], parse_constant=str)
+            picture = frame[8 + size :]
             if about["prompt_id"] == job.prompt_id:
                 self._next_preview_at = monotonic() + PREVIEW_SECONDS
                 node_id, mimetype = about["display_node_id"], about["image_type"]
@@ -2217,10 +2255,9 @@ class PromptRunner:
         finally:
             job.submitted.set()
         with bad_answer_as_502():
-            answer = scrub(answer, own_words(job.workflow))
             if status == 400:
-                api = self._api
-                raise rejection(answer, job.workflow, api.choices, api.missing_nodes)
+                raise Rejected(answer)
+            answer = scrub(answer, own_words(job.workflow))
             if status != 200 or answer["prompt_id"] != job.prompt_id:
                 raise unusable_answer(f"POST /prompt with {status}")
             if errors := answer.get("node_errors"):
@@ -2465,7 +2502,7 @@ MAX_OWED_TO_RECEIVER = 1000  # to one that requests name
 MANY_TRIES = 64  # at once, to the receivers that requests name
 MAX_TRIES = 256
 MAX_TRIES_OF_RECEIVER = 16
-SPOOL_BYTES = 1 << 20  # of an owed webhook that are kept in memory; a larger one waits on disk
+SPOOL_BYTES = 1 << 14  # of an owed webhook that are kept in memory; a larger one waits on disk
 
 
 def deliver(job: Job, api: ComfyUIApi) -> None:
@@ -2767,6 +2804,8 @@ def _guard_connections(client: Any, is_public_only: bool) -> None:
 
     def guard(pool: Any) -> Any:
         class Connection(pool.ConnectionCls):  # type: ignore[misc]
+            response_class = CheckedResponse
+
             def _new_conn(self) -> socket.socket:
                 if is_public_only:
                     return _connect_public((self.host, self.port), self.timeout)
@@ -3357,6 +3396,11 @@ class Worker:
             try:
                 self._run_once(job)
                 break
+            except Rejected as refused:
+                api = self.api
+                raise rejection(
+                    refused.answer, job.workflow, api.choices, api.missing_nodes
+                ) from None
             except JobError as error:
                 if error.type != "output_missing" or not may_be_stale(job.history) or not runs_left:
                     raise

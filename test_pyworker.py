@@ -3034,7 +3034,7 @@ BROKEN_RULES = [
     ),
     (
         {"webhook": {"url": "http://example.com", "timeout": -1}},
-        "webhook.timeout has to be a number from 0.001 to 3600",
+        "webhook.timeout has to be a number from 0.001 to 300",
     ),
     (
         {"webhook": {"url": "http://example.com", "secret": "x"}},
@@ -3292,6 +3292,21 @@ def files() -> FileServer:
     return FileServer()
 
 
+LARGE_PICTURE = b"HTTP/1.1 200 OK\r\nContent-Length: 10000000000\r\n\r\n\x89PNG"
+
+
+def impatient_command(times: int) -> tuple[str, str]:
+    """What starts a worker whose timers ring that many times as early."""
+    code = f"""
+import threading
+Timer = threading.Timer
+threading.Timer = lambda seconds, *rest: Timer(seconds / {times}, *rest)
+import pyworker
+pyworker.main()
+"""
+    return ("-c", code)
+
+
 def some_png(size: int = 16) -> bytes:
     """A picture that no ComfyUI has seen before."""
     return encoded(Image.frombytes("RGB", (size, size), os.urandom(size * size * 3)), "PNG")
@@ -3462,7 +3477,8 @@ class TestInputs:
     def test_a_server_that_drips_is_given_up(
         self, start: Callable[..., Worker], is_head: bool
     ) -> None:
-        hurried = start(command=("-c", IMPATIENT if is_head else HURRIED))
+        command = impatient_command(100) if is_head else ("-c", HURRIED)
+        hurried = start(command=command)
         server = DrippingServer(b"HTTP/1.1 200 OK\r\nX: " if is_head else LARGE_PICTURE)
         began = time.monotonic()
         answer = hurried.post({"workflow_json": inverted(f"{server.url}/x.png")})
@@ -3495,11 +3511,26 @@ class TestInputs:
             ),
         )
 
-    @pytest.mark.parametrize("is_async", [False, True])
-    def test_a_worker_that_stops_waits_for_no_slow_server(
-        self, start: Callable[..., Worker], receiver: Receiver, is_async: bool
+    def test_the_files_of_a_job_have_a_total(
+        self, start: Callable[..., Worker], files: FileServer
     ) -> None:
-        stopping, server = start(), DrippingServer()
+        frugal = start(MAX_INPUT_BYTES=2000)
+        for number in range(12):
+            files.files[f"/{number}.png"] = some_png()[:-9] + bytes(1900)[: 1900 - len(some_png())]
+        graph = {
+            str(number): node("LoadImage", image=f"{files.url}/{number}.png")
+            for number in range(12)
+        }
+        answer = frugal.post({"workflow_json": graph})
+        assert (answer.status, answer.error["type"]) == (400, "input_unavailable"), answer.json
+        assert "more than 10 times MAX_INPUT_BYTES" in answer.error["message"]
+
+    @pytest.mark.parametrize("is_async", [False, True])
+    @pytest.mark.parametrize("first", [LARGE_PICTURE, b""], ids=["dripping", "silent"])
+    def test_a_worker_that_stops_waits_for_no_slow_server(
+        self, start: Callable[..., Worker], receiver: Receiver, is_async: bool, first: bytes
+    ) -> None:
+        stopping, server = start(command=impatient_command(10)), DrippingServer(first)
         input = {"workflow_json": inverted(f"{server.url}/x.png"), "webhook": {"url": receiver.url}}
         job = in_background(stopping.post, input, {"Prefer": "respond-async"} if is_async else None)
         wait_for("it is asked", lambda: server.asked)
@@ -4965,12 +4996,15 @@ class TestDelivery:
         signing.post({"workflow_json": picture(), "webhook": {"extra_params": {"a": 1}}})
         headers, body = receiver.wait_for(2)[1]
         assert standardwebhooks.Webhook(SIGNING_SECRET).verify(body, headers)["extra"] == {"a": 1}
+        hurried = {"timeout": 0.001}  # which the operator's receiver would not manage
+        signing.post({"workflow_json": picture(), "webhook": hurried})
+        receiver.wait_for(3)
         another = f"whsec_{base64.b64encode(b'of the request').decode()}"
         answer = signing.post({"workflow_json": picture(), "webhook": {"secret": another}})
         assert answer.json["warnings"] == [
             "webhook.secret was ignored: WEBHOOK_SECRET signs for WEBHOOK_URL"
         ]
-        headers, body = receiver.wait_for(3)[2]
+        headers, body = receiver.wait_for(4)[3]
         assert standardwebhooks.Webhook(SIGNING_SECRET).verify(body, headers)
 
     def test_a_receiver_that_never_answers_delays_no_job(
@@ -6589,11 +6623,8 @@ class RawServer:
         raise NotImplementedError
 
 
-LARGE_PICTURE = b"HTTP/1.1 200 OK\r\nContent-Length: 10000000000\r\n\r\n\x89PNG"
-
-
 class DrippingServer(RawServer):
-    """Sends the start, and then ten bytes a second without end."""
+    """Sends the start, and then ten bytes a second without end; nothing where there is none."""
 
     def __init__(self, start: bytes = LARGE_PICTURE) -> None:
         self.start = start
@@ -6601,9 +6632,10 @@ class DrippingServer(RawServer):
 
     def answer(self, client: socket.socket) -> None:
         client.sendall(self.start)
-        while True:
+        while self.start:
             time.sleep(0.1)
             client.sendall(b"x")
+        time.sleep(60)
 
 
 class EndlessServer(RawServer):
@@ -6615,6 +6647,16 @@ class EndlessServer(RawServer):
         client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 6000000000\r\n\r\n")
         while self.sent < 1 << 32:
             self.sent += client.send(bytes(1 << 16))
+
+
+class ContinuingServer(RawServer):
+    """Says 100 Continue for ever; knows how much of it was read."""
+
+    sent = 0
+
+    def answer(self, client: socket.socket) -> None:
+        while self.sent < 1 << 30:
+            self.sent += client.send(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000)
 
 
 FORBIDDEN = b"HTTP/1.1 403 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -6677,14 +6719,6 @@ import concurrent.futures.thread, pyworker
 def fail(pool):
     raise RuntimeError("can't start new thread")
 concurrent.futures.thread.ThreadPoolExecutor._adjust_thread_count = fail
-pyworker.main()
-"""
-# Starts a worker whose timers ring a hundred times as early.
-IMPATIENT = """
-import threading
-Timer = threading.Timer
-threading.Timer = lambda seconds, *rest: Timer(seconds / 100, *rest)
-import pyworker
 pyworker.main()
 """
 # Starts a worker that may have 40 files and sockets open, and can't change that.
@@ -6811,13 +6845,32 @@ class TestStrangers:
     ) -> None:
         head = b"HTTP/1.1 403 No\r\nX: " if is_head else b"HTTP/1.1 403 No\r\nX: y\r\n\r\n"
         s3 = DrippingServer(head)
-        hurried = start(command=("-c", IMPATIENT), S3_CONNECT_ATTEMPTS=1)
+        hurried = start(command=impatient_command(100), S3_CONNECT_ATTEMPTS=1)
         keys = {"access_key_id": "a-key", "secret_access_key": "a-secret", "bucket_name": "any"}
         began = time.monotonic()
         job = {"workflow_json": picture(), "s3": {**keys, "endpoint_url": s3.url}}
         answer = hurried.post(job)
         assert (answer.status, answer.error["type"]) == (502, "upload_failed"), answer.json
         assert "data" in answer.files[0] and time.monotonic() - began < 60
+
+    @pytest.mark.parametrize("place", ["input", "s3", "webhook"])
+    def test_a_server_that_says_continue_for_ever_is_hung_up_on(
+        self, start: Callable[..., Worker], place: str
+    ) -> None:
+        endless = ContinuingServer()
+        telling = start(S3_CONNECT_ATTEMPTS=1, WEBHOOK_RETRY_PAUSES="0")
+        keys = {"access_key_id": "a-key", "secret_access_key": "a-secret", "bucket_name": "any"}
+        job = {
+            "input": {"workflow_json": inverted(f"{endless.url}/x.png")},
+            "s3": {"workflow_json": picture(), "s3": {**keys, "endpoint_url": endless.url}},
+            "webhook": {"workflow_json": picture(), "webhook": {"url": endless.url}},
+        }[place]
+        answer = telling.post(job)
+        error = {"input": "input_unavailable", "s3": "upload_failed", "webhook": ""}[place]
+        assert answer.json.get("error", {}).get("type", "") == error, answer.json
+        if place == "webhook":
+            wait_for("it is given up", lambda: telling.logged("was not delivered"))
+        assert endless.sent < 1 << 26, "it was hung up on"
 
     def test_one_answer_carries_so_much_base64_and_no_more(
         self, start: Callable[..., Worker]
@@ -6880,6 +6933,12 @@ class TestStrangers:
         assert (answer.status, answer.error["type"]) == (400, "invalid_request"), answer.json
         assert "filename_prefix of SaveImage (node 2)" in answer.error["message"]
         assert "control code" in answer.error["message"]
+
+    @pytest.mark.parametrize("prefix", ["v1..2/x", "a\x01b/x"])
+    def test_a_folder_may_be_called_what_no_file_may(self, worker: Worker, prefix: str) -> None:
+        answer = worker.post({"workflow_json": picture(prefix=prefix)})
+        assert answer.status == 200 and "data" in answer.files[0], answer.json
+        assert answer.files[0]["subfolder"] == prefix.partition("/")[0]
 
     @pytest.mark.parametrize("prefix", ["wait...", "a\nb"])
     def test_files_that_comfyui_does_not_give_are_read_from_its_folder(
