@@ -2498,7 +2498,7 @@ class Progress:
 MAX_BASE64_FILES = 4  # of the largest size that one answer carries; or more that are smaller
 _BASE64_LOCK = Lock()
 MAX_OWED_WEBHOOKS = 10000
-MAX_OWED_TO_RECEIVER = 1000  # to one that requests name
+MAX_OWED_TO_RECEIVER = 5000  # to one that requests name
 MANY_TRIES = 64  # at once, to the receivers that requests name
 MAX_TRIES = 256
 MAX_TRIES_OF_RECEIVER = 16
@@ -3384,7 +3384,9 @@ class Worker:
         file, name = download(job, source, choice)
         try:
             with file:
-                return self.api.upload_input(file, name)
+                began_at, stored = monotonic(), self.api.upload_input(file, name)
+                check_pace(job, monotonic() - began_at)  # it is ComfyUI that took this time
+                return stored
         except CONNECTION_LOST:  # the job is not queued yet: it can go to another worker
             raise unavailable("unreachable", self.api.name) from None
 
