@@ -3486,6 +3486,21 @@ class TestInputs:
         assert is_head or "its server is too slow" in answer.error["message"]
         assert time.monotonic() - began < 30
 
+    def test_a_comfyui_that_is_slow_to_store_files_is_waited_for(
+        self, start: Callable[..., Worker], comfyui_url: str
+    ) -> None:
+        tunnel = SlowUploadTunnel(comfyui_url)
+        hurried = start(command=("-c", HURRIED), COMFYUI_API_BASE=tunnel.url)
+        graph = {}
+        for number in range(5):  # one more than are stored at a time
+            uri = f"data:image/png;base64,{base64.b64encode(some_png()).decode()}"
+            graph[str(number)] = node("LoadImage", image=uri)
+            graph[f"{number}-saved"] = node(
+                "SaveImage", images=[str(number), 0], filename_prefix="slow"
+            )
+        answer = hurried.post({"workflow_json": graph})
+        assert (answer.status, len(answer.files)) == (200, 5), answer.json
+
     def test_a_job_names_so_many_files_and_no_more(self, worker: Worker, files: FileServer) -> None:
         graph = {
             str(number): node("LoadImage", image=f"{files.url}/{number}.png")
@@ -6568,6 +6583,15 @@ class LyingTunnel(Tunnel):
         self.is_lying = False
         lie = b'"node": null'.ljust(len(true[0]))
         return answer.replace(true[0], lie)
+
+
+class SlowUploadTunnel(Tunnel):
+    """Has ComfyUI take four seconds to store a file."""
+
+    def inspect(self, said: bytes, answer: bytes) -> bytes:
+        if said.startswith(b"POST /upload"):
+            time.sleep(4)
+        return answer
 
 
 class NumberlessTunnel(Tunnel):
