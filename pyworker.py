@@ -871,12 +871,15 @@ def _check_source(values: JsonObject, unknown: list[str]) -> None:
             "modifications go with a modifier;"
             " with workflow_json, put the values into the workflow itself"
         )
+    told = ", ".join(unknown[:5])
     if has_modifier == has_workflow:
-        misspelt = f"; unknown: {', '.join(unknown[:5])}" if unknown else ""
         raise bad_request(
             f"give exactly one of modifier and workflow_json in input, not"
-            f" {'both' if has_modifier else 'neither'}{misspelt}"
+            f" {'both' if has_modifier else 'neither'}" + (f"; unknown: {told}" if told else "")
         )
+    # Without its modifications, the job would make another picture than the one that is wanted.
+    if "modifications" not in values and "did you mean modifications?" in told:
+        raise bad_request(f"unknown: {told}")
 
 
 def _override(job: Job, settings: Settings, own: JsonObject) -> tuple[Settings, frozenset[str]]:
@@ -3338,7 +3341,7 @@ class Worker:
         try:
             job.workflow = read_graph(modifiers.build(name, job.request.modifications, self.api))
         except modifiers.InvalidModification as error:
-            message = "; ".join([str(error), *job.warnings])  # a misspelt field may be the cause
+            message = "; ".join([*job.warnings, str(error)])  # a misspelt field may be the cause
             raise bad_request(message, "invalid_modification", **error.details) from None
         except ValueError as error:  # of read_graph, or the modifier's own
             log.exception("modifier %s", name)

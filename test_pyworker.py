@@ -3092,9 +3092,12 @@ class TestRequest:
         assert message in answer.error["message"]
 
     def test_a_misspelt_field_is_told_where_something_is_missing(self, worker: Worker) -> None:
-        answer = worker.post({"modifier": "Text2Image", "modification": {"prompt": "a cat"}})
+        answer = worker.post({"modifier": "Text2Image", "prompt": "a cat"})
         assert (answer.status, answer.error["type"]) == (400, "invalid_modification")
+        assert answer.error["message"].startswith("prompt (did you mean workflow_json, or prompt ")
         assert "prompt is missing" in answer.error["message"]
+        answer = worker.post({"modifier": "RawWorkflow", "modification": {"prompt": "a cat"}})
+        assert (answer.status, answer.error["type"]) == (400, "invalid_request")
         assert "modification (did you mean modifications?)" in answer.error["message"]
 
     @pytest.mark.parametrize(("input", "message"), BROKEN_RULES, ids=lambda value: str(value)[:50])
