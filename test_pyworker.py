@@ -3179,7 +3179,7 @@ class TestRequest:
     def test_thousands_of_unknown_fields_are_twenty_warnings_at_once(self, worker: Worker) -> None:
         began, unknown = time.monotonic(), {f"modifies_{number}": 1 for number in range(400_000)}
         answer = worker.post({"workflow_json": picture(), **unknown})
-        assert len(answer.json["warnings"]) == 20 and time.monotonic() - began < 10
+        assert len(answer.json["warnings"]) == 20 and time.monotonic() - began < 60
 
     @pytest.mark.parametrize(("accept", "is_warned_of"), [("", True), ("image/webp", False)])
     def test_a_quality_without_a_format_is_warned_of(
@@ -3489,7 +3489,7 @@ class TestInputs:
         answer = hurried.post({"workflow_json": inverted(f"{server.url}/x.png")})
         assert (answer.status, answer.error["type"]) == (400, "input_unavailable"), answer.json
         assert is_head or "its server is too slow" in answer.error["message"]
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 100
 
     def test_a_comfyui_that_is_slow_to_store_files_is_waited_for(
         self, start: Callable[..., Worker], comfyui_url: str
@@ -5963,7 +5963,7 @@ class TestFaults:
         wait_for("the job has ended", lambda: len(fetch(f"{comfyui_url}/history").json) > before)
         ended = time.monotonic()
         assert job.result(60).status == 200
-        assert time.monotonic() - ended < silence + 5
+        assert time.monotonic() - ended < silence + 25
         tunnel.is_silent = False
         wait_for(
             "another connection is made", lambda: behind.logged("lost the connection to ComfyUI")
@@ -6502,7 +6502,9 @@ HOSTILE_TEXTS = {  # texts that some pattern may take for ever over
     "control": "\x1b[31m\r\n",
     "backslashes": "\\\\",
 }
-ANSWERED_SECONDS = 10  # that nothing small may take; what was quadratic took 19
+# That nothing small may take, on a loaded machine: what was quadratic took 19, and an hour for the
+# larger texts.
+ANSWERED_SECONDS = 15
 
 
 def patterns() -> dict[str, re.Pattern[Any]]:
