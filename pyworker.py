@@ -4014,7 +4014,7 @@ class LogHandler(logging.Handler):
 def main() -> None:
     """Runs the worker until SIGTERM or SIGINT stops it; a second signal ends it at once."""
     given = vars(_parser().parse_args())
-    _set_up_log()
+    handler = _set_up_log()
     try:
         settings = Settings.read({**os.environ, **given})
         server = Server(Worker(settings), settings.port)
@@ -4036,7 +4036,7 @@ def main() -> None:
     log.info("waiting for %s; to start one: python main.py in its folder", name)
     start_thread("websocket", server.worker.runner.listen)
     server.serve_forever()
-    logging.shutdown()
+    handler.flush()  # logging.shutdown would wait for a pipe that nobody reads
     os._exit(0)  # an upload that hangs, in a thread of its pool, would be waited for
 
 
@@ -4059,7 +4059,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _set_up_log() -> None:
+def _set_up_log() -> LogHandler:
     handler = LogHandler()
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler])
@@ -4068,6 +4068,7 @@ def _set_up_log() -> None:
     sys.excepthook = lambda *error: log.critical(
         "WORKER_ERROR: the worker cannot start: %s", error[1], exc_info=error
     )
+    return handler
 
 
 def _warn(api: ComfyUIApi) -> None:
