@@ -1261,6 +1261,12 @@ def download(job: Job, source: str, choice: str) -> tuple[BinaryIO, str]:
     return file, digest + _extension(head, mimetype, shown)
 
 
+def read_pieces(file: BinaryIO) -> Iterator[bytes]:
+    """The file from its beginning, in pieces: the whole may not fit into memory."""
+    file.seek(0)
+    return iter(partial(file.read, CHUNK_BYTES), b"")
+
+
 @contextmanager
 def disk_errors_as_500() -> Iterator[None]:
     """Turns an error of the worker's disk, which is not the client's fault, into a JobError."""
@@ -1889,7 +1895,6 @@ class ComfyUIApi:
         """Puts the file into ComfyUI's input folder; returns its name there. 400 if too large."""
         boundary = name[:64]  # the file's SHA-256; more than 70 characters are refused
         size = file.seek(0, os.SEEK_END)
-        file.seek(0)
         head = (
             f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n'
             f"Content-Type: {OCTET_STREAM}\r\n\r\n"
@@ -2055,8 +2060,7 @@ def check_prefixes(job: Job) -> None:
 
 def _multipart_pieces(head: bytes, file: BinaryIO, tail: bytes) -> Iterator[bytes]:
     yield head
-    while chunk := file.read(CHUNK_BYTES):
-        yield chunk
+    yield from read_pieces(file)
     yield tail
 
 
@@ -3016,11 +3020,6 @@ def _try_failed(error: Exception) -> JobError:
     return JobError(500, "internal_error", f"failed: {describe_error(error)}")
 
 
-def _pieces(file: BinaryIO) -> Iterator[bytes]:
-    file.seek(0)
-    return iter(partial(file.read, CHUNK_BYTES), b"")
-
-
 def post_webhook(webhook: Webhook) -> None:
     """One try, signed as the Standard Webhooks specification has it.
 
@@ -3038,7 +3037,7 @@ def post_webhook(webhook: Webhook) -> None:
     if settings.webhook_secret:
         start = f"{webhook.id}.{timestamp}.".encode()
         signed = hmac.new(settings.webhook_secret, start, hashlib.sha256)
-        for piece in _pieces(webhook.body):
+        for piece in read_pieces(webhook.body):
             signed.update(piece)
         signature = base64.b64encode(signed.digest()).decode()
         headers["webhook-signature"] = f"v1,{signature}"
@@ -3046,7 +3045,7 @@ def post_webhook(webhook: Webhook) -> None:
     with http_exchange(
         settings.webhook_url,
         settings.webhook_timeout,
-        _pieces(webhook.body),
+        read_pieces(webhook.body),
         headers,
         is_public_only=webhook.is_public_only,
         total_timeout=settings.webhook_timeout + size / SLOWEST_SERVER,
