@@ -142,11 +142,6 @@ def _parameter_schema(function: str, parameter: inspect.Parameter) -> JsonObject
     return schema
 
 
-def _describe_parameter(name: str, parameter: JsonObject) -> str:
-    need = "optional" if "default" in parameter else "required"
-    return f"{name} ({' or '.join(parameter['type'])}, {need})"
-
-
 def _arguments(function: Modifier, modifications: JsonObject) -> JsonObject:
     """Returns the arguments for the modifier; raises InvalidModification with all problems."""
     schema = _schema(function)
@@ -163,8 +158,9 @@ def _arguments(function: Modifier, modifications: JsonObject) -> JsonObject:
             problems.append(f"{name} is missing")
     if problems:
         told = "; ".join(problems[:MAX_PROBLEMS])
-        takes = ", ".join(_describe_parameter(*item) for item in schema.items())
-        raise InvalidModification(f"{function.__name__}: {told}; there is: {takes}", schema=schema)
+        raise InvalidModification(
+            f"{function.__name__}: {told}; there is: {_listed(list(schema))}", schema=schema
+        )
     return arguments
 
 

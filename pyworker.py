@@ -873,9 +873,10 @@ def _check_source(values: JsonObject, unknown: list[str]) -> None:
         )
     told = ", ".join(unknown[:5])
     if has_modifier == has_workflow:
+        has = "both modifier and" if has_modifier else "neither modifier nor"
         raise bad_request(
-            f"give exactly one of modifier and workflow_json in input, not"
-            f" {'both' if has_modifier else 'neither'}" + (f"; unknown: {told}" if told else "")
+            f"input has {has} workflow_json: give one of them"
+            + (f"; unknown: {told}" if told else "")
         )
     # Without its modifications, the job would make another picture than the one that is wanted.
     if "modifications" not in values and "did you mean modifications?" in told:
@@ -2733,7 +2734,7 @@ def _upload_failed(settings: Settings, output: Output, error: Exception) -> Exce
     output["upload_error"] = scrub(text)
     where = f"the S3 bucket {settings.s3_bucket_name}"
     message = f"{where} did not take {show(output['filename'])}: {output['upload_error']}"
-    hint = "; check s3 in the request, or S3_… in the environment; the file may be in data"
+    hint = "; check s3 in the request, or the worker's S3_ variables; the file may be in data"
     return JobError(502, "upload_failed", message[: MAX_MESSAGE - len(hint)] + hint)
 
 

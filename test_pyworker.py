@@ -2980,13 +2980,13 @@ NOT_A_JOB = [
 
 
 BROKEN_RULES = [
-    ({}, "exactly one of modifier and workflow_json"),
+    ({}, "input has neither modifier nor workflow_json: give one of them"),
     (
         {"modifier": "Text2Image", "workflow_json": {"1": {"class_type": "X", "inputs": {}}}},
-        "exactly one of",
+        "input has both modifier and workflow_json: give one of them",
     ),
-    ({"modifications": {"prompt": "x"}}, "exactly one of"),
-    ({"modifer": "Text2Image"}, "not neither; unknown: modifer (did you mean modifier?)"),
+    ({"modifications": {"prompt": "x"}}, "neither modifier nor workflow_json"),
+    ({"modifer": "Text2Image"}, "give one of them; unknown: modifer (did you mean modifier?)"),
     ({"workflow": {"1": {}}, "images": []}, "unknown: workflow (did you mean workflow_json?)"),
     ({"images": [{"name": "x.png"}]}, "images (did you mean an input of a node, as a URL"),
     ({"prompt": {"1": {}}}, "prompt (did you mean workflow_json, or prompt within modifications?)"),
@@ -4742,7 +4742,7 @@ class TestDelivery:
         answer = worker.post({"workflow_json": picture(), "s3": wrong})
         assert (answer.status, answer.error["type"]) == (502, "upload_failed"), answer.json
         assert "the S3 bucket outputs did not take" in answer.error["message"]
-        assert answer.error["message"].endswith("S3_… in the environment; the file may be in data")
+        assert answer.error["message"].endswith("S3_ variables; the file may be in data")
         file = answer.files[0]
         assert file["upload_error"] and base64.b64decode(file["data"]) == as_written(
             comfyui_url, file
@@ -7232,7 +7232,7 @@ BAD_MODIFICATIONS = [
     (
         "Image2Image",
         {"prompt": "x"},
-        "Image2Image: input_image is missing; there is: input_image (string, required)",
+        "Image2Image: input_image is missing; there is: input_image, prompt, ",
     ),
     (
         "Image2Image",
