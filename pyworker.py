@@ -116,9 +116,21 @@ def cut(text: str, limit: int = MAX_MESSAGE) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
+# How an input begins that may name a file to fetch.
+FILE_SOURCE = re.compile(r"(?i)https?://|data:")
+
+
 def show(value: Any) -> str:
     """A value, as a message quotes it."""
-    return repr(cut(value, MAX_QUOTE)) if isinstance(value, str) else reprlib.repr(value)
+    return repr(show_text(value)) if isinstance(value, str) else reprlib.repr(value)
+
+
+def show_text(text: str) -> str:
+    """The text, cut; of a URL neither password nor query, of a data: URI no data."""
+    text = cut(text, MAX_QUOTE)
+    if FILE_SOURCE.match(text):
+        text = re.sub("//[^/]*@", "//", re.split("[?,]", text)[0])
+    return text
 
 
 def describe_error(error: Exception) -> str:
@@ -658,6 +670,7 @@ class Request:
         return setting in self.overridden and not self.settings.allow_private_addresses
 
 
+SECRET_IGNORED = "webhook.secret was ignored: WEBHOOK_SECRET signs what goes to WEBHOOK_URL"
 MAX_WEBHOOK_SECONDS = 300  # that a request may let its receiver take
 ID_READERS = {
     # It becomes a part of an S3 key.
@@ -815,7 +828,8 @@ def read_request(job: Job, body: JsonObject, headers: dict[str, str], settings: 
     """
     job.id = str(uuid4())
     given = body["input"]
-    unknown, has_idle_webhook = _unknown(given, INPUT_FIELDS), False
+    unknown = _unknown(given, INPUT_FIELDS)
+    without_url: list[str] = []  # of the webhook's fields
     try:
         ids = read_fields(given, ID_READERS)
         job.id, job.is_id_given = ids.get("request_id", job.id), bool(ids)
@@ -823,16 +837,20 @@ def read_request(job: Job, body: JsonObject, headers: dict[str, str], settings: 
         for group, readers in GROUPS.items():
             inner = read_fields(given, {group: read_object}).get(group, {})
             unknown += _unknown(inner, readers, f"{group}.")
-            if group == "webhook" and not (inner.get("url") or settings.webhook_url):
-                has_idle_webhook = any(value not in BLANK for value in inner.values())
-                continue  # what its other fields say does not matter
+            if group == "webhook" and inner.get("url") in BLANK:
+                # A secret and a time-out belong to the URL that they come with.
+                without_url = [name for name, value in inner.items() if value not in BLANK]
+                kept = ["extra_params"] if settings.webhook_url else []
+                inner = {name: inner.get(name) for name in kept}
             for name, value in read_fields(inner, readers, f"{group}.").items():
                 own[f"{group}_{name}"] = value
         values = read_fields(headers, REQUEST_READERS) | read_fields(given, REQUEST_READERS)
     except ValueError as error:
         raise bad_request(str(error)) from None
-    if has_idle_webhook:
+    if without_url and not settings.webhook_url:
         job.warnings.append("no webhook is sent: neither webhook.url nor WEBHOOK_URL is set")
+    elif "secret" in without_url:
+        job.warnings.append(SECRET_IGNORED)
     misplaced = [f"{name}, beside input," for name in body if name in INPUT_FIELDS]
     for name in [*unknown, *misplaced][:MAX_WARNINGS]:
         job.warnings.append(f"{name} is no field of a request; it was ignored")
@@ -903,7 +921,7 @@ def _override(job: Job, settings: Settings, own: JsonObject) -> tuple[Settings, 
     else:
         own.pop("webhook_timeout", None)  # the operator's receiver has the operator's
         if settings.webhook_secret and own.pop("webhook_secret", b""):
-            job.warnings.append("webhook.secret was ignored: WEBHOOK_SECRET signs for WEBHOOK_URL")
+            job.warnings.append(SECRET_IGNORED)
     result = replace(settings, **own)
     if any(name.startswith("s3_") for name in own) and not result.s3_bucket_name:
         raise bad_request("s3 needs a bucket: give s3.bucket_name, or set S3_BUCKET_NAME")
@@ -946,8 +964,6 @@ MAX_INPUT_FILES = 200  # of one job
 MAX_LARGE_INPUTS = 10  # of the largest size that one job may have; or more that are smaller
 SECONDS_PER_FILE = 2  # that a job gets for each of its files that is there
 SLOWEST_SERVER = 1 << 16  # bytes a second that a file has to arrive with, or a webhook to be taken
-# How an input begins that may name a file to fetch.
-FILE_SOURCE = re.compile(r"(?i)https?://|data:")
 # What the formats that ComfyUI loads begin with; a group's name is the extension.
 MAGIC = re.compile(
     rb"(?P<png>\x89PNG)|(?P<jpg>\xff\xd8\xff)|(?P<gif>GIF8)|(?P<bmp>BM.{4}\0{4})"
@@ -1239,8 +1255,6 @@ def download(job: Job, source: str, choice: str) -> tuple[BinaryIO, str]:
     """
     with disk_errors_as_500():
         file = tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
-    # Without signatures and data, and without passwords.
-    shown = re.sub("//[^/]*@", "//", re.split("[?,]", cut(source, MAX_QUOTE))[0])
     try:
         with open_source(source, job) as opened:
             digest = _copy(opened, file, job)
@@ -1256,10 +1270,11 @@ def download(job: Job, source: str, choice: str) -> tuple[BinaryIO, str]:
     except (*CONNECTION_LOST, ValueError) as error:
         if job.abort_error:  # while a server was silent
             raise job.abort_error from None
+        shown = show_text(source)
         raise bad_request(
             f"the input {shown} cannot be had: {describe_error(error)}", "input_unavailable"
         ) from None
-    return file, digest + _extension(head, mimetype, shown)
+    return file, digest + _extension(head, mimetype, show_text(source))
 
 
 def read_pieces(file: BinaryIO) -> Iterator[bytes]:
@@ -1647,9 +1662,9 @@ class Health:
         self._was_connected = self._is_connected = True
         self._failing_since = 0.0
 
-    def disconnected(self) -> None:
-        """The websocket's connection was lost, or could not be made."""
-        if self._is_connected:
+    def disconnected(self, was_silent: bool) -> None:
+        """The websocket's connection was lost, or could not be made. was_silent: nothing came."""
+        if self._is_connected and not was_silent:
             self._failing_since = 0.0  # what failed before was a probe that was slow
         self._is_connected = False
         self.failed()
@@ -2072,6 +2087,7 @@ PREVIEW_SECONDS = 0.5
 FEATURES = {"type": "feature_flags", "data": {"supports_preview_metadata": True}}
 OLDEST_COMFYUI = (0, 3, 45)  # July 2025: the first one that lets the caller choose the prompt id
 RECONNECT_SECONDS = 0.5
+MIN_PING_SECONDS = 5
 CANCEL_TRIES = 3
 MAX_SUBMITS = 2  # of a prompt that ComfyUI loses
 REPORT_SECONDS = 60  # between the lines that the log has about a long job
@@ -2109,17 +2125,31 @@ class PromptRunner:
             try:
                 self._receive()
             except Exception as error:  # whatever a server sends, the next one has to be heard
-                self._on_websocket_lost(describe_error(error))
+                self._on_websocket_lost(error)
             pause.wait(RECONNECT_SECONDS)  # nobody tells when a server comes up
 
     def _receive(self) -> None:
         with closing(self._connect()) as connection:
-            for frame in iter(connection.recv, ""):
-                if isinstance(frame, str):
+            kind = None
+            while kind != websocket.ABNF.OPCODE_CLOSE:
+                kind, frame = self._next_frame(connection)
+                if kind == websocket.ABNF.OPCODE_TEXT:
                     self._on_frame(json.loads(frame, parse_constant=str))
-                else:
+                elif kind == websocket.ABNF.OPCODE_BINARY:
                     self._on_binary_frame(frame)
         raise ConnectionError("ComfyUI closed the websocket")
+
+    def _next_frame(self, connection: websocket.WebSocket) -> tuple[int, bytes]:
+        """The kind and the data of the next frame; TimeoutError where a ping has brought none.
+
+        A ComfyUI that hangs closes nothing, nor does one whose machine has gone.
+        """
+        with suppress(websocket.WebSocketTimeoutException):
+            return connection.recv_data(control_frame=True)
+        connection.ping()
+        with suppress(websocket.WebSocketTimeoutException):
+            return connection.recv_data(control_frame=True)
+        raise TimeoutError
 
     def _connect(self) -> websocket.WebSocket:
         """Opens a connection with an id of its own, and tells health and the running job of it.
@@ -2138,7 +2168,8 @@ class PromptRunner:
         )
         connection.send(json.dumps(FEATURES))
         connection.recv()  # ComfyUI knows the client id once it has sent its first status
-        connection.settimeout(None)
+        # After so much silence it is pinged, and has as long again to answer.
+        connection.settimeout(max(MIN_PING_SECONDS, self._settings.comfyui_return_timeout / 2))
         fault = self._health.fault
         if fault and not self._api.find_history(fault) and not self._api.is_queued(fault):
             self._health.mended()
@@ -2155,14 +2186,15 @@ class PromptRunner:
             )
         return connection
 
-    def _on_websocket_lost(self, error: str) -> None:
+    def _on_websocket_lost(self, error: Exception) -> None:
+        described = describe_error(error)
         if self._client_id:
-            log.warning("lost the connection to %s: %s", self._api.name, error)
-        elif error != self._last_error:
-            log.warning("cannot reach %s: %s", self._api.name, error)
-        self._last_error, self._client_id = error, ""
+            log.warning("lost the connection to %s: %s", self._api.name, described)
+        elif described != self._last_error:
+            log.warning("cannot reach %s: %s", self._api.name, described)
+        self._last_error, self._client_id = described, ""
         self._api.reset()
-        self._health.disconnected()
+        self._health.disconnected(was_silent=isinstance(error, TimeoutError))
         self._forward(self._job, Notice("connection_lost"))
         is_given_up = self._health.needs_restart
         if is_given_up and not self._has_given_up and not self._health.fault:  # which was logged

@@ -3221,7 +3221,12 @@ class TestRequest:
         assert refused.status == 400 and "webhook." in refused.error["message"]
         to_operator = start(WEBHOOK_URL=receiver.url)
         refused = to_operator.post({"workflow_json": picture(), "webhook": webhook})
-        assert refused.status == 400, "it would go to the operator's URL"
+        assert refused.status == 400, "its extra_params would go to the operator's URL"
+        webhook["extra_params"] = {"a": 1}
+        answer = to_operator.post({"workflow_json": picture(), "webhook": webhook})
+        assert answer.status == 200 and "webhook.secret was ignored" in answer.json["warnings"][0]
+        headers, body = receiver.wait_for(1)[0]
+        assert json.loads(body)["extra"] == {"a": 1} and "webhook-signature" not in headers
 
     def test_the_serverless_envelope_is_accepted(self, worker: Worker) -> None:
         payload = {
@@ -4257,10 +4262,16 @@ class TestComfyUI:
 
     @every_version
     def test_a_model_by_its_url_is_refused_with_the_url(self, start: Callable[..., Worker]) -> None:
-        url = "https://example.com/models/x.safetensors"
-        answer = start().post({"workflow_json": text2image(ckpt_name=url)})
+        url, behind = "https://example.com/models/x.safetensors", start()
+        answer = behind.post({"workflow_json": text2image(ckpt_name=f"{url}?sig=hidden-one")})
         assert (answer.status, answer.error["type"]) == (400, "input_unavailable"), answer.json
         assert url in answer.error["message"] and "models are installed" in answer.error["message"]
+        graph = text2image()
+        graph["3"]["inputs"]["sampler_name"] = f"{url}?sig=hidden-one"
+        choice = behind.post({"workflow_json": graph})
+        assert f"sampler_name '{url}' is not a choice" in choice.error["message"], choice.json
+        told = answer.error["message"] + choice.error["message"] + behind.read_log()
+        assert "hidden-one" not in told
 
     @every_version
     def test_base64_without_its_head_is_refused_before_comfyui_sees_it(
@@ -4490,6 +4501,26 @@ class TestComfyUI:
             answer = job.result(60)
             comfyui.send_signal(signal.SIGCONT)
             assert (answer.status, answer.error["type"]) == (502, "comfyui_lost"), answer.json
+
+    @pytest.mark.slow
+    def test_a_comfyui_that_hangs_is_noticed_and_one_that_is_only_quiet_is_not(
+        self, start: Callable[..., Worker], tmp_path: pathlib.Path
+    ) -> None:
+        port = free_port()
+        with stand_in_process(port, tmp_path) as comfyui:
+            url = f"http://127.0.0.1:{port}"
+            behind = start(COMFYUI_API_BASE=url, COMFYUI_RETURN_TIMEOUT=2, UNREACHABLE_AFTER=1)
+            time.sleep(12)  # a ping after five seconds, and five to answer it
+            assert "lost the connection" not in behind.read_log()
+            comfyui.send_signal(signal.SIGSTOP)
+            live = f"{behind.url}/health/live"
+            wait_for("it is to be restarted", lambda: fetch(live).status == 503, 60)
+            assert behind.health().json["status"] == "unreachable"
+            wait_for("the log says so", lambda: behind.logged("WORKER_ERROR: ComfyUI at"))
+            assert f"lost the connection to ComfyUI at {url}" in behind.read_log()
+            comfyui.send_signal(signal.SIGCONT)
+            wait_for("it is back", lambda: behind.health().status == 200, 60)
+            assert behind.post({"workflow_json": picture()}).status == 200
 
     def test_what_a_request_names_is_reached_directly_whatever_proxy_is_set(
         self, start: Callable[..., Worker], s3: S3, receiver: Receiver, files: FileServer
@@ -5022,7 +5053,7 @@ class TestDelivery:
         another = f"whsec_{base64.b64encode(b'of the request').decode()}"
         answer = signing.post({"workflow_json": picture(), "webhook": {"secret": another}})
         assert answer.json["warnings"] == [
-            "webhook.secret was ignored: WEBHOOK_SECRET signs for WEBHOOK_URL"
+            "webhook.secret was ignored: WEBHOOK_SECRET signs what goes to WEBHOOK_URL"
         ]
         headers, body = receiver.wait_for(4)[3]
         assert standardwebhooks.Webhook(SIGNING_SECRET).verify(body, headers)
