@@ -27,8 +27,10 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import reprlib
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
@@ -108,7 +110,9 @@ def _convert(name: str, value: Any, types: list[str]) -> Any:
     given = TYPE_NAMES.get(type(value), "")
     is_whole_number = given == "integer" and "number" in types
     if given not in types and not is_whole_number:
-        raise InvalidModification(f"{name} has to be {' or '.join(types)}, not {value!r:.60}")
+        raise InvalidModification(
+            f"{name} has to be {' or '.join(types)}, not {reprlib.repr(value)}"
+        )
     return value
 
 
@@ -215,7 +219,12 @@ def load(path: Path) -> Graph:
 
 def file_faults(context: Context) -> Iterator[str]:
     """Yields a message for each workflow file that cannot be used."""
-    for path in [*_files(context).values(), Path(context.settings.workflow_file)]:
+    try:
+        paths = [*_files(context).values(), Path(context.settings.workflow_file)]
+    except OSError as error:
+        yield f"WORKFLOWS_DIR cannot be read: {error.strerror}"
+        return
+    for path in paths:
         try:
             if path.is_file():
                 load(path)
@@ -715,7 +724,9 @@ def modifier(function: Modifier) -> Modifier:
 
 def names(context: Context) -> list[str]:
     """Returns the names of all modifiers: of the functions, and of the files in WORKFLOWS_DIR."""
-    return sorted({*MODIFIERS, *_files(context)})
+    with suppress(OSError):  # of a folder that cannot be listed: the functions are there
+        return sorted({*MODIFIERS, *_files(context)})
+    return sorted(MODIFIERS)
 
 
 def _call(function: Modifier, modifications: JsonObject, context: Context) -> Graph:

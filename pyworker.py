@@ -116,21 +116,18 @@ def cut(text: str, limit: int = MAX_MESSAGE) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-# How an input begins that may name a file to fetch.
-FILE_SOURCE = re.compile(r"(?i)https?://|data:")
-
-
 def show(value: Any) -> str:
     """A value, as a message quotes it."""
-    return repr(show_text(value)) if isinstance(value, str) else reprlib.repr(value)
+    return repr(cut(value, MAX_QUOTE)) if isinstance(value, str) else reprlib.repr(value)
 
 
-def show_text(text: str) -> str:
-    """The text, cut; of a URL neither password nor query, of a data: URI no data."""
-    text = cut(text, MAX_QUOTE)
-    if FILE_SOURCE.match(text):
-        text = re.sub("//[^/]*@", "//", re.split("[?,]", text)[0])
-    return text
+URL_PASSWORD = re.compile(r"""(?i)(https?://)[^/\s@'"]*@""")
+URL_QUERY = re.compile(r"""(?i)(https?://[^\s?'"]*)\?[^\s'"]*""")
+
+
+def without_secrets(text: str) -> str:
+    """The text, its URLs without passwords and queries: these may hold a token or a signature."""
+    return URL_QUERY.sub(r"\1", URL_PASSWORD.sub(r"\1", text))
 
 
 def describe_error(error: Exception) -> str:
@@ -408,13 +405,14 @@ class JobError(Exception):
     """A job's failure, raised where it is known and answered in one place.
 
     status: of HTTP. type: one of the contract's, for programs. message: one sentence that a person
-    can act on; it is cut to MAX_MESSAGE. details: what else goes into the answer's `error`.
+    can act on; it is cut to MAX_MESSAGE, without the secrets of URLs. details: what else goes into
+    the answer's `error`.
     """
 
     def __init__(self, status: int, type: str, message: str, **details: Any) -> None:
         self.status = status
         self.type = type
-        self.message = cut(message)
+        self.message = without_secrets(cut(message))
         super().__init__(self.message)
         self.details = details
 
@@ -736,6 +734,7 @@ class Job:
     abort_error: JobError | None = None
     was_queued: bool = False  # it had a place in the GpuQueue, so its webhook is owed
     has_turn: bool = False  # on the GPU
+    is_posted: bool = False  # ComfyUI is known to have its prompt, or to have had it
     # Set once the prompt was posted, or the job has left the queue.
     submitted: Event = field(default_factory=Event)
     deadline: float = math.inf  # by monotonic(): JOB_TIMEOUT after its prompt began
@@ -816,7 +815,8 @@ def bug(job: Job, error: Exception) -> JobError:
 
     It must not cost the client its answer, nor the webhook its message.
     """
-    log.error("job %s met a bug of the worker", job.id, exc_info=error)
+    whose = f"job {job.id}" if job.id else "a request"
+    log.error("%s met a bug of the worker", whose, exc_info=error)
     return JobError(500, "internal_error", "the worker failed; its log says why")
 
 
@@ -824,12 +824,11 @@ def read_request(job: Job, body: JsonObject, headers: dict[str, str], settings: 
     """Sets the job's id and request, request over headers, over the operator's settings.
 
     body: {"input": {…}}. headers: "accept" and "prefer". Raises JobError where a rule is broken;
-    the id is set by then, the warnings only if each field could be read.
+    the id is set by then, most warnings only if each field could be read.
     """
     job.id = str(uuid4())
     given = body["input"]
     unknown = _unknown(given, INPUT_FIELDS)
-    without_url: list[str] = []  # of the webhook's fields
     try:
         ids = read_fields(given, ID_READERS)
         job.id, job.is_id_given = ids.get("request_id", job.id), bool(ids)
@@ -838,19 +837,12 @@ def read_request(job: Job, body: JsonObject, headers: dict[str, str], settings: 
             inner = read_fields(given, {group: read_object}).get(group, {})
             unknown += _unknown(inner, readers, f"{group}.")
             if group == "webhook" and inner.get("url") in BLANK:
-                # A secret and a time-out belong to the URL that they come with.
-                without_url = [name for name, value in inner.items() if value not in BLANK]
-                kept = ["extra_params"] if settings.webhook_url else []
-                inner = {name: inner.get(name) for name in kept}
+                inner = _without_url(job, inner, settings)
             for name, value in read_fields(inner, readers, f"{group}.").items():
                 own[f"{group}_{name}"] = value
         values = read_fields(headers, REQUEST_READERS) | read_fields(given, REQUEST_READERS)
     except ValueError as error:
         raise bad_request(str(error)) from None
-    if without_url and not settings.webhook_url:
-        job.warnings.append("no webhook is sent: neither webhook.url nor WEBHOOK_URL is set")
-    elif "secret" in without_url:
-        job.warnings.append(SECRET_IGNORED)
     misplaced = [f"{name}, beside input," for name in body if name in INPUT_FIELDS]
     for name in [*unknown, *misplaced][:MAX_WARNINGS]:
         job.warnings.append(f"{name} is no field of a request; it was ignored")
@@ -869,6 +861,17 @@ def read_request(job: Job, body: JsonObject, headers: dict[str, str], settings: 
         raise bad_request(
             "Prefer: respond-async needs a webhook: give webhook.url, or set WEBHOOK_URL"
         )
+
+
+def _without_url(job: Job, webhook: JsonObject, settings: Settings) -> JsonObject:
+    """What counts of a webhook without a URL: its secret and time-out belong to one of its own."""
+    given = [name for name, value in webhook.items() if value not in BLANK]
+    if given and not settings.webhook_url:
+        job.warnings.append("no webhook is sent: neither webhook.url nor WEBHOOK_URL is set")
+    elif "secret" in given:
+        job.warnings.append(SECRET_IGNORED)
+    kept = ["extra_params"] if settings.webhook_url else []
+    return {name: webhook.get(name) for name in kept}
 
 
 def _unknown(given: JsonObject, known: Iterable[str], prefix: str = "") -> list[str]:
@@ -964,6 +967,8 @@ MAX_INPUT_FILES = 200  # of one job
 MAX_LARGE_INPUTS = 10  # of the largest size that one job may have; or more that are smaller
 SECONDS_PER_FILE = 2  # that a job gets for each of its files that is there
 SLOWEST_SERVER = 1 << 16  # bytes a second that a file has to arrive with, or a webhook to be taken
+# How an input begins that may name a file to fetch.
+FILE_SOURCE = re.compile(r"(?i)https?://|data:")
 # What the formats that ComfyUI loads begin with; a group's name is the extension.
 MAGIC = re.compile(
     rb"(?P<png>\x89PNG)|(?P<jpg>\xff\xd8\xff)|(?P<gif>GIF8)|(?P<bmp>BM.{4}\0{4})"
@@ -1255,6 +1260,7 @@ def download(job: Job, source: str, choice: str) -> tuple[BinaryIO, str]:
     """
     with disk_errors_as_500():
         file = tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
+    shown = without_secrets(cut(source, MAX_QUOTE)).partition(",")[0]  # nor the data of a data: URI
     try:
         with open_source(source, job) as opened:
             digest = _copy(opened, file, job)
@@ -1270,11 +1276,10 @@ def download(job: Job, source: str, choice: str) -> tuple[BinaryIO, str]:
     except (*CONNECTION_LOST, ValueError) as error:
         if job.abort_error:  # while a server was silent
             raise job.abort_error from None
-        shown = show_text(source)
         raise bad_request(
             f"the input {shown} cannot be had: {describe_error(error)}", "input_unavailable"
         ) from None
-    return file, digest + _extension(head, mimetype, show_text(source))
+    return file, digest + _extension(head, mimetype, shown)
 
 
 def read_pieces(file: BinaryIO) -> Iterator[bytes]:
@@ -1311,6 +1316,8 @@ def _copy(opened: Any, file: BinaryIO, job: Job) -> str:
             raise ValueError(
                 f"the job's files have more than {MAX_LARGE_INPUTS} times MAX_INPUT_BYTES"
             )
+    with disk_errors_as_500():
+        file.flush()
     check_pace(job, SECONDS_PER_FILE)
     return digest.hexdigest()
 
@@ -1545,6 +1552,7 @@ def raise_if_failed(history: JsonObject, graph: Graph) -> None:
     names = ("node_id", "node_type", "exception_type", "exception_message")
     own = own_words(graph)
     details = {name: scrub(cut(str(error.get(name, ""))).strip(), own) for name in names}
+    details = {name: without_secrets(each) for name, each in details.items()}
     words = details["exception_message"]
     if not re.search(r"\s", words):  # an exception without words, or only with a name in it
         words = f"{details['exception_type']} {words}".strip()
@@ -1655,7 +1663,7 @@ class Health:
         self._is_connected = False
         self._is_running = False
         self._failing_since = 0.0  # by monotonic(); 0: nothing fails
-        self.fault = ""  # id of the prompt that it broke under
+        self.fault = ""  # id of a prompt that ComfyUI knows for as long as it is broken
 
     def connected(self) -> None:
         """The websocket was connected."""
@@ -1670,7 +1678,7 @@ class Health:
         self.failed()
 
     def answered(self) -> None:
-        """ComfyUI has answered over HTTP."""
+        """ComfyUI has answered over HTTP, or said something over the websocket."""
         if self._is_connected and not self.fault:
             self._failing_since = 0.0
 
@@ -2088,8 +2096,8 @@ FEATURES = {"type": "feature_flags", "data": {"supports_preview_metadata": True}
 OLDEST_COMFYUI = (0, 3, 45)  # July 2025: the first one that lets the caller choose the prompt id
 RECONNECT_SECONDS = 0.5
 MIN_PING_SECONDS = 5
-CANCEL_TRIES = 3
-MAX_SUBMITS = 2  # of a prompt that ComfyUI loses
+MAX_LOSSES = 2  # of a prompt that ComfyUI has had
+MAX_POSTS = 10  # of a prompt, about a second apart: it may not arrive
 REPORT_SECONDS = 60  # between the lines that the log has about a long job
 SAMPLER_WEIGHT = 20  # in a job's progress: a step takes about as long as another node
 # The errors after which, in the words of CUDA's documentation, the process must be relaunched.
@@ -2133,6 +2141,7 @@ class PromptRunner:
             kind = None
             while kind != websocket.ABNF.OPCODE_CLOSE:
                 kind, frame = self._next_frame(connection)
+                self._health.answered()
                 if kind == websocket.ABNF.OPCODE_TEXT:
                     self._on_frame(json.loads(frame, parse_constant=str))
                 elif kind == websocket.ABNF.OPCODE_BINARY:
@@ -2257,14 +2266,23 @@ class PromptRunner:
         self._health.prompt_running(True)
         may_be_queued = False  # in ComfyUI, with nobody who waits for it
         try:
-            for _ in range(MAX_SUBMITS):
+            losses = 0
+            for _ in range(MAX_POSTS):
                 client_id = self._api.retry_while_away(job, self._get_client_id)
-                may_be_queued = True
+                self._interrupted.discard(job.prompt_id)
+                may_be_queued, job.is_posted = True, False
                 is_told = self._submit(job, client_id)
                 if self._wait(job, client_id if is_told else ""):
                     may_be_queued = False
                     return
                 log.warning("job %s: ComfyUI has lost its prompt, or does not run it", job.id)
+                losses += job.is_posted or client_id != self._client_id
+                if losses == MAX_LOSSES:
+                    raise JobError(
+                        502,
+                        "comfyui_lost",
+                        "ComfyUI died twice under this job: it may be the job that kills it",
+                    )
         except JobError as error:
             may_be_queued = may_be_queued and error.type != "workflow_rejected"
             raise
@@ -2274,9 +2292,7 @@ class PromptRunner:
             if may_be_queued:
                 self._cancel_prompt(job)
         raise JobError(
-            502,
-            "comfyui_lost",
-            "ComfyUI died twice under this job: it may be the job that kills it",
+            502, "comfyui_lost", f"{self._api.name} cuts the connection when it is sent this job"
         )
 
     def _submit(self, job: Job, client_id: str) -> bool:
@@ -2300,6 +2316,7 @@ class PromptRunner:
             answer = scrub(answer, own_words(job.workflow))
             if status != 200 or answer["prompt_id"] != job.prompt_id:
                 raise unusable_answer(f"POST /prompt with {status}")
+            job.is_posted = True
             if errors := answer.get("node_errors"):
                 dropped = describe_node_errors(errors, job.workflow, self._api.choices)
                 warning = f"ComfyUI dropped the outputs that depend on invalid nodes: {dropped}"
@@ -2365,8 +2382,16 @@ class PromptRunner:
         else:
             job.stuck_at = math.inf
         if monotonic() > job.stuck_at:
-            self._on_stuck(job.prompt_id)
+            self._on_stuck(self._find_witness() or job.prompt_id)
         return self._health.fault != ""
+
+    def _find_witness(self) -> str:
+        """The id of a prompt that ComfyUI knows until it restarts, or ""."""
+        with suppress(*CONNECTION_LOST, JobError), bad_answer_as_502():
+            running, _ = self._api.ask_queue()
+            known = [item[1] for item in running] or list(self._api.get("/history?max_items=1"))
+            return str(known[0])
+        return ""
 
     def _on_stuck(self, prompt_id: str) -> None:
         if not self._health.fault:
@@ -2376,12 +2401,17 @@ class PromptRunner:
             )
             self._health.broken(prompt_id)
 
-    def _watch_interrupted(self, prompt_id: str) -> None:
-        """Returns when ComfyUI has let go of the prompt; one that does not runs nothing more."""
-        stuck_at, pause = monotonic() + self._settings.comfyui_stuck_timeout, Event()
-        is_stuck = False
-        while self._is_running(prompt_id):
-            if monotonic() > stuck_at and not self._health.is_failing:
+    def _watch_interrupted(self, prompt_id: str, is_cancelled: bool) -> None:
+        """Returns when ComfyUI has let go of the prompt; one that does not runs nothing more.
+
+        The prompt is cancelled until that has worked once.
+        """
+        limit, pause = self._settings.comfyui_stuck_timeout, Event()
+        stuck_at, is_stuck = monotonic() + limit, False
+        while prompt_id in self._interrupted and self._has_prompt(prompt_id):
+            if not is_cancelled:
+                is_cancelled, stuck_at = self._try_cancel(prompt_id), monotonic() + limit
+            elif monotonic() > stuck_at and not self._health.is_failing:
                 self._on_stuck(prompt_id)
                 is_stuck = True
             pause.wait(LOOK_UP_SECONDS)
@@ -2389,9 +2419,9 @@ class PromptRunner:
         if is_stuck and self._health.fault == prompt_id:
             self._health.mended()
 
-    def _is_running(self, prompt_id: str) -> bool:
+    def _has_prompt(self, prompt_id: str) -> bool:
         try:
-            return any(item[1] == prompt_id for item in self._api.ask_queue()[0])
+            return self._api.is_queued(prompt_id)
         except (*CONNECTION_LOST, JobError):
             return True  # as far as is known
 
@@ -2434,6 +2464,7 @@ class PromptRunner:
                 self._check_gpu(job, str(error.get("exception_message", "")))
                 return "ended"
             running, waiting = [[item[1] for item in items] for items in self._api.ask_queue()]
+            job.is_posted = job.is_posted or job.prompt_id in running + waiting
             if job.prompt_id in running:
                 return "running"
             if job.prompt_id in waiting:
@@ -2450,15 +2481,17 @@ class PromptRunner:
             self._health.broken(job.prompt_id)
 
     def _cancel_prompt(self, job: Job) -> None:
-        """Has ComfyUI forget the prompt; a ComfyUI that is away is asked once."""
+        """Has ComfyUI forget the prompt: at once, or as soon as it answers."""
         self._interrupted.add(job.prompt_id)
-        for _ in range(1 if self._health.is_failing else CANCEL_TRIES):
-            try:
-                self._api.cancel_prompt(job.prompt_id)
-                break
-            except (*CONNECTION_LOST, JobError):
-                Event().wait(RECONNECT_SECONDS)
-        start_thread("interrupted", self._watch_interrupted, job.prompt_id)
+        is_cancelled = self._try_cancel(job.prompt_id)
+        start_thread("interrupted", self._watch_interrupted, job.prompt_id, is_cancelled)
+
+    def _try_cancel(self, prompt_id: str) -> bool:
+        try:
+            self._api.cancel_prompt(prompt_id)
+        except (*CONNECTION_LOST, JobError):
+            return False
+        return True
 
     def read_history(self, job: Job) -> None:
         """Looks up, without the GPU, what became of a job; output_missing if ComfyUI forgot it."""
@@ -2690,7 +2723,7 @@ def choose_answer_file(job: Job, api: ComfyUIApi) -> None:
     accept = job.request.accept
     for output in job.files:
         conversion = conversion_of(job, output)
-        types = types_of(output)
+        types = [output["mimetype"]] if conversion else types_of(output)
         if accept.endswith("/*"):
             types = [f"{each.partition('/')[0]}/*" for each in types]
         is_fit = accept in types
@@ -3691,7 +3724,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 allow=ROUTES[path],
             )
         if path in ("/health", "/health/live", "/ping"):
-            status, health = worker.describe_health(is_liveness=path == "/health/live")
+            with every_error_as(partial(bug, Job())):
+                status, health = worker.describe_health(is_liveness=path == "/health/live")
             if path == "/ping" and health["status"] == "starting":
                 self.send_head(204, {"Connection": "close"})  # it may have no Content-Length
             else:
@@ -3790,10 +3824,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         api, conversion = self.server.worker.api, job.answer_conversion
         name = re.sub(r"[^ !#-\[\]-~]", "_", delivered_name(output, conversion))
         with ExitStack() as stack:
+
+            def open_file() -> tuple[Any, bytes]:
+                file = stack.enter_context(api.view(output, conversion))
+                return file, file.read(CHUNK_BYTES)
+
             try:
-                file = api.retry_while_away(
-                    job, lambda: stack.enter_context(api.view(output, conversion))
-                )
+                file, start = api.retry_while_away(job, open_file)
             except JobError as error:
                 self._send_json(error.status, envelope(job, error))
                 return
@@ -3808,8 +3845,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if len(seeds_json) <= MAX_MESSAGE:  # proxies refuse long heads
                 headers["X-Seeds"] = seeds_json
             self.send_head(200, headers)
-            shutil.copyfileobj(file, self.wfile)
-            self.wfile.flush()
+            try:
+                self.wfile.write(start)
+                shutil.copyfileobj(file, self.wfile)
+                self.wfile.flush()
+            except CONNECTION_LOST as error:  # to the client, or to ComfyUI
+                log.warning("job %s: its file was cut short: %s", job.id, describe_error(error))
+                raise
 
     def send_head(self, status: int, headers: Mapping[str, str]) -> None:
         """Sends everything before the body."""
@@ -4010,8 +4052,8 @@ class LogFormatter(logging.Formatter):
 
 
 def escape(value: Any) -> str:
-    """The value's text, cut, in printable ASCII."""
-    return cut(str(value)).encode("unicode_escape").decode()
+    """The value's text, cut, in printable ASCII, without the secrets of URLs."""
+    return without_secrets(cut(str(value))).encode("unicode_escape").decode()
 
 
 class LogHandler(logging.Handler):

@@ -4190,6 +4190,20 @@ class TestComfyUI:
         assert answer.error["exception_type"] == "torch.OutOfMemoryError"
         assert "RaiseError (node 1)" in answer.error["message"]
 
+    def test_what_a_node_says_of_a_url_is_without_its_secrets(
+        self, start: Callable[..., Worker], tmp_path: pathlib.Path
+    ) -> None:
+        words = "403 Forbidden for url: https://me:word@x.example/a.png?X-Amz-Signature=hidden-one"
+        with stand_in(free_port(), tmp_path) as url:
+            behind = start(COMFYUI_API_BASE=url)
+            answer = behind.post({"workflow_json": broken(words)})
+            asked = behind.post({"modifier": "https://x.example/b?sig=hidden-one"})
+        assert answer.error["exception_message"] == "403 Forbidden for url: https://x.example/a.png"
+        assert "for url: https://x.example/a.png" in answer.error["message"]
+        assert "'https://x.example/b'" in asked.error["message"]
+        for text in (answer.body.decode(), asked.body.decode(), behind.read_log()):
+            assert "hidden-one" not in text and "me:word" not in text
+
     @pytest.mark.parametrize(("words", "shown"), SCRUBBED, ids=lambda value: str(value)[:30])
     def test_paths_and_long_words_stay_inside(self, worker: Worker, words: str, shown: str) -> None:
         parts = {"string_a": words[:-1], "string_b": words[-1:], "delimiter": ""}
@@ -4910,6 +4924,17 @@ class TestDelivery:
         content = fetch(file["url"]).body if to_s3 else base64.b64decode(file["data"])
         assert content == as_written(comfyui_url, file)
 
+    def test_a_file_that_is_the_answer_is_fetched_again_if_it_was_cut_short(
+        self, start: Callable[..., Worker], comfyui_url: str
+    ) -> None:
+        tunnel = CuttingTunnel(comfyui_url, 2)
+        behind = start(COMFYUI_API_BASE=tunnel.url)
+        answer = behind.post({"workflow_json": picture(), "accept": "image/*"})
+        assert answer.status == 200 and tunnel.cuts == 0, answer.body
+        assert answer.body.startswith(PNG) and len(answer.body) == int(
+            answer.headers["Content-Length"]
+        )
+
     @pytest.mark.parametrize("to_s3", [False, True])
     def test_a_file_cut_short_is_never_taken_for_whole(
         self, start: Callable[..., Worker], comfyui_url: str, s3: S3, to_s3: bool
@@ -5451,6 +5476,14 @@ class TestAnswers:
         answer = worker.post({**job, "workflow_json": {**text2image(seed=42), **many}})
         assert answer.status == 200 and "X-Seeds" not in answer.headers, "proxies refuse long heads"
 
+    def test_a_type_that_the_format_leaves_nothing_of_is_not_acceptable(
+        self, worker: Worker
+    ) -> None:
+        job = {"workflow_json": picture(), "accept": "image/png", "output_format": "webp"}
+        answer = worker.post(job)
+        assert (answer.status, answer.error["type"]) == (406, "not_acceptable")
+        assert [file["mimetype"] for file in answer.files] == ["image/webp"]
+
     @pytest.mark.parametrize(
         "accept", ["*/*", "application/json, image/png", "font/woff", "", "application/json;q=0"]
     )
@@ -5745,15 +5778,37 @@ class AnsweringTunnel(Tunnel):
 
 
 class SlowProbeTunnel(Tunnel):
-    """Lets the answer to a probe pass late, once: a probe is given up within a second."""
+    """Lets the answer to a probe pass late, once: a probe is given up within a second.
 
-    is_slow = False
+    It can cut a look at the history, once as well.
+    """
+
+    is_slow = is_cutting = False
 
     def inspect(self, said: bytes, answer: bytes) -> bytes:
         if self.is_slow and said.startswith(b"GET /system_stats"):
             self.is_slow = False
             time.sleep(1.6)
+        if self.is_cutting and said.startswith(b"GET /history"):
+            self.is_cutting = False
+            return b""
         return answer
+
+
+class IdleTunnel(Tunnel):
+    """Has it look as if ComfyUI ran nothing."""
+
+    def __init__(self, url: str) -> None:
+        self.comfyui_url = url
+        super().__init__(url)
+
+    def inspect(self, said: bytes, answer: bytes) -> bytes:
+        if not said.startswith(b"GET /queue"):
+            return answer
+        queue = fetch(f"{self.comfyui_url}/queue").json | {"queue_running": []}
+        body = json.dumps(queue).encode()
+        head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+        return head % len(body) + body
 
 
 def list_in_lists(depth: int) -> list[Any]:
@@ -5965,6 +6020,40 @@ class TestFaults:
         connection.close()
         wait_for("the prompt is off the GPU", lambda: not running_prompts(comfyui_url))
         assert tunnel.times == 0
+
+    def test_a_prompt_is_stopped_though_comfyui_was_out_of_reach(
+        self, start: Callable[..., Worker], comfyui_url: str
+    ) -> None:
+        tunnel = Tunnel(comfyui_url)
+        behind = start(COMFYUI_API_BASE=tunnel.url)
+        connection = connect(behind, {"workflow_json": long_job(5000)})
+        wait_for("the job runs", lambda: running_prompts(comfyui_url))
+        tunnel.cut(stay_closed=True)
+        connection.close()
+        wait_for("the job has ended", lambda: behind.logged("cancelled (499)"))
+        assert running_prompts(comfyui_url)
+        tunnel.is_open = True
+        wait_for("the prompt is off the GPU", lambda: not running_prompts(comfyui_url))
+
+    def test_a_prompt_that_does_not_arrive_is_sent_again(
+        self, start: Callable[..., Worker], comfyui_url: str
+    ) -> None:
+        tunnel = ForgetfulTunnel(comfyui_url, b"POST /prompt", 3)
+        answer = start(COMFYUI_API_BASE=tunnel.url).post({"workflow_json": picture()})
+        assert answer.status == 200 and tunnel.times == 0, answer.json
+
+    def test_a_slow_probe_of_long_ago_counts_no_more(
+        self, start: Callable[..., Worker], comfyui_url: str
+    ) -> None:
+        tunnel = SlowProbeTunnel(comfyui_url)
+        behind = start(COMFYUI_API_BASE=tunnel.url, COMFYUI_RETURN_TIMEOUT=2)
+        job = in_background(behind.post, {"workflow_json": long_job(1000)})
+        wait_for("the job runs", lambda: running_prompts(comfyui_url))
+        time.sleep(1)  # what a probe says is kept for a second
+        tunnel.is_slow = tunnel.is_cutting = True
+        assert behind.health().status == 200 and not tunnel.is_slow
+        assert job.result(120).status == 200, "the first look at its history was cut"
+        assert not tunnel.is_cutting
 
     @pytest.mark.parametrize("request_line", [b"POST /prompt", b"GET /history", b"POST /free"])
     def test_a_request_to_comfyui_that_is_lost_costs_no_job(
@@ -7080,6 +7169,25 @@ class TestStrangers:
             assert fetch(f"{behind.url}/health/live").status == 200
             assert waiting.result(60).status == 200, "it was only waiting"
 
+    def test_a_comfyui_that_runs_nothing_is_not_mended_by_a_cut_connection(
+        self, start: Callable[..., Worker], tmp_path: pathlib.Path
+    ) -> None:
+        port = free_port()
+        limits = {"JOB_TIMEOUT": 1, "COMFYUI_STUCK_TIMEOUT": 1, "COMFYUI_SILENCE_TIMEOUT": 0.5}
+        with stand_in_process(port, tmp_path):
+            tunnel = IdleTunnel(f"http://127.0.0.1:{port}")
+            behind = start(COMFYUI_API_BASE=tunnel.url, **limits)
+            assert behind.post({"workflow_json": picture()}).status == 200
+            assert behind.post({"workflow_json": {"1": node("Bug", shape="exit", n=1)}}).error
+            waiting = in_background(behind.post, {"workflow_json": picture()})
+            behind.wait_until("faulted")
+            tunnel.cut()
+            wait_for("it is connected", lambda: behind.read_log().count("WORKER_READY") == 2)
+            assert behind.health().json["status"] == "faulted"
+        with stand_in_process(port, tmp_path):
+            behind.wait_until("ready")
+            assert waiting.result(60).status == 200, "it was only waiting"
+
     def test_a_prompt_that_never_begins_is_answered(
         self, start: Callable[..., Worker], tmp_path: pathlib.Path
     ) -> None:
@@ -7206,11 +7314,12 @@ class TestStrangers:
                         time.sleep(0.1)
             wait_for("it was given up", lambda: telling.logged("was not delivered"))
 
+    @pytest.mark.parametrize("size", [100_000, 3000])  # the latter is written when it is complete
     def test_a_full_disk_is_not_the_clients_fault(
-        self, start: Callable[..., Worker], tmp_path: pathlib.Path
+        self, start: Callable[..., Worker], tmp_path: pathlib.Path, size: int
     ) -> None:
         cramped = start(command=("-c", FULL_DISK), TMPDIR=tmp_path)
-        uri = f"data:image/png;base64,{base64.b64encode(bytes(100_000)).decode()}"
+        uri = f"data:image/png;base64,{base64.b64encode(bytes(size)).decode()}"
         answer = cramped.post({"workflow_json": saved(uri)})
         assert (answer.status, answer.error["type"]) == (500, "internal_error"), answer.json
         assert "File too large" in answer.error["message"]
@@ -8176,6 +8285,17 @@ class TestModifiers:
             answer = worker.post({"modifier": asked})
             assert (answer.status, answer.error["type"]) == (400, "invalid_modification")
             assert "there is no modifier" in answer.error["message"]
+
+    def test_a_folder_that_cannot_be_listed_does_not_keep_health_from_answering(
+        self, start: Callable[..., Worker]
+    ) -> None:
+        told = start(WORKFLOWS_DIR="x" * 300)  # no name is as long as that
+        health = told.health()
+        assert health.status == 200 and health.json["modifiers"] == [
+            "Image2Image",
+            "RawWorkflow",
+            "Text2Image",
+        ]
 
     def test_a_workflow_file_that_is_not_there_is_named_without_its_folder(
         self, start: Callable[..., Worker], tmp_path: pathlib.Path
