@@ -4516,7 +4516,7 @@ class TestComfyUI:
             comfyui.send_signal(signal.SIGCONT)
             assert (answer.status, answer.error["type"]) == (502, "comfyui_lost"), answer.json
 
-    @pytest.mark.slow
+    @slow
     def test_a_comfyui_that_hangs_is_noticed_and_one_that_is_only_quiet_is_not(
         self, start: Callable[..., Worker], tmp_path: pathlib.Path
     ) -> None:
