@@ -289,7 +289,7 @@ class Settings:
     comfyui_stuck_timeout: float = _setting(
         read_seconds,
         "seconds that ComfyUI may take to begin its next prompt, or to end an interrupted one",
-        60.0,
+        180.0,
     )
     unreachable_after: float = _setting(
         read_seconds, "seconds of failures until /health says unreachable", 10.0
