@@ -177,7 +177,9 @@ def _files(context: Context) -> dict[str, Path]:
     Only a file that is listed here is ever opened, so no name in a request leads out of the folder.
     """
     folder = context.settings.workflows_dir
-    return {path.stem: path for path in Path(folder).glob("*.json")} if folder else {}
+    with suppress(OSError):  # it cannot be listed, which `file_faults` tells
+        return {path.stem: path for path in Path(folder).glob("*.json")} if folder else {}
+    return {}
 
 
 def _fault(graph: Any) -> str:
@@ -219,12 +221,14 @@ def load(path: Path) -> Graph:
 
 def file_faults(context: Context) -> Iterator[str]:
     """Yields a message for each workflow file that cannot be used."""
+    folder = context.settings.workflows_dir
     try:
-        paths = [*_files(context).values(), Path(context.settings.workflow_file)]
+        list(Path(folder).iterdir() if folder else ())
+    except FileNotFoundError:
+        pass  # the worker tells that of each path
     except OSError as error:
         yield f"WORKFLOWS_DIR cannot be read: {error.strerror}"
-        return
-    for path in paths:
+    for path in [*_files(context).values(), Path(context.settings.workflow_file)]:
         try:
             if path.is_file():
                 load(path)
@@ -724,9 +728,7 @@ def modifier(function: Modifier) -> Modifier:
 
 def names(context: Context) -> list[str]:
     """Returns the names of all modifiers: of the functions, and of the files in WORKFLOWS_DIR."""
-    with suppress(OSError):  # of a folder that cannot be listed: the functions are there
-        return sorted({*MODIFIERS, *_files(context)})
-    return sorted(MODIFIERS)
+    return sorted({*MODIFIERS, *_files(context)})
 
 
 def _call(function: Modifier, modifications: JsonObject, context: Context) -> Graph:

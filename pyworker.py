@@ -116,18 +116,29 @@ def cut(text: str, limit: int = MAX_MESSAGE) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def show(value: Any) -> str:
-    """A value, as a message quotes it."""
-    return repr(cut(value, MAX_QUOTE)) if isinstance(value, str) else reprlib.repr(value)
-
-
-URL_PASSWORD = re.compile(r"""(?i)(https?://)[^/\s@'"]*@""")
-URL_QUERY = re.compile(r"""(?i)(https?://[^\s?'"]*)\?[^\s'"]*""")
+# An apostrophe may be a part of a URL, or the end of a quotation around it.
+URL_PASSWORD = re.compile(r'(?i)(https?://)[^/?#\s"]*@')
+URL_QUERY = re.compile(r'(?i)(https?://[^\s?"]*)(\?[^\s"]*)')
 
 
 def without_secrets(text: str) -> str:
     """The text, its URLs without passwords and queries: these may hold a token or a signature."""
-    return URL_QUERY.sub(r"\1", URL_PASSWORD.sub(r"\1", text))
+    return URL_QUERY.sub(_cut_query, URL_PASSWORD.sub(r"\1", text))
+
+
+def _cut_query(found: re.Match[str]) -> str:
+    query = found[2]
+    return found[1] + query[len(query.rstrip("'),.;:")) :]
+
+
+def show_text(text: str) -> str:
+    """A text, cut to what a message quotes of it, without the secrets of URLs."""
+    return cut(without_secrets(cut(text)), MAX_QUOTE)
+
+
+def show(value: Any) -> str:
+    """A value, as a message quotes it."""
+    return repr(show_text(value)) if isinstance(value, str) else reprlib.repr(value)
 
 
 def describe_error(error: Exception) -> str:
@@ -668,7 +679,7 @@ class Request:
         return setting in self.overridden and not self.settings.allow_private_addresses
 
 
-SECRET_IGNORED = "webhook.secret was ignored: WEBHOOK_SECRET signs what goes to WEBHOOK_URL"
+SECRET_IGNORED = "webhook.secret was ignored: it is for a webhook.url of its own"
 MAX_WEBHOOK_SECONDS = 300  # that a request may let its receiver take
 ID_READERS = {
     # It becomes a part of an S3 key.
@@ -1260,7 +1271,7 @@ def download(job: Job, source: str, choice: str) -> tuple[BinaryIO, str]:
     """
     with disk_errors_as_500():
         file = tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
-    shown = without_secrets(cut(source, MAX_QUOTE)).partition(",")[0]  # nor the data of a data: URI
+    shown = show_text(source).partition(",")[0]  # without the data of a data: URI
     try:
         with open_source(source, job) as opened:
             digest = _copy(opened, file, job)
@@ -1678,9 +1689,14 @@ class Health:
         self.failed()
 
     def answered(self) -> None:
-        """ComfyUI has answered over HTTP, or said something over the websocket."""
+        """ComfyUI has answered over HTTP."""
         if self._is_connected and not self.fault:
             self._failing_since = 0.0
+
+    def heard(self) -> None:
+        """ComfyUI has said something over the websocket: proof enough while a prompt runs."""
+        if self._is_running:
+            self.answered()
 
     def failed(self) -> float:
         """ComfyUI has not answered; returns since when (monotonic()) that has been so."""
@@ -1829,7 +1845,8 @@ class ComfyUIApi:
     @bad_answer_as_502()
     def find_history(self, prompt_id: str) -> JsonObject:
         """The history's entry for the prompt; empty where there is none."""
-        entries = self.get(f"/history/{prompt_id}", self.settings.comfyui_silence_timeout)
+        path = f"/history/{quote(prompt_id, safe='')}"  # the id may be another client's
+        entries = self.get(path, self.settings.comfyui_silence_timeout)
         # A copy that is no deeper than what can be searched and written later.
         return dict(map_strings(entries.get(prompt_id) or {}, str, MAX_HISTORY_DEPTH))
 
@@ -2097,7 +2114,7 @@ OLDEST_COMFYUI = (0, 3, 45)  # July 2025: the first one that lets the caller cho
 RECONNECT_SECONDS = 0.5
 MIN_PING_SECONDS = 5
 MAX_LOSSES = 2  # of a prompt that ComfyUI has had
-MAX_POSTS = 10  # of a prompt, about a second apart: it may not arrive
+CANCEL_TRIES = 3
 REPORT_SECONDS = 60  # between the lines that the log has about a long job
 SAMPLER_WEIGHT = 20  # in a job's progress: a step takes about as long as another node
 # The errors after which, in the words of CUDA's documentation, the process must be relaunched.
@@ -2141,7 +2158,7 @@ class PromptRunner:
             kind = None
             while kind != websocket.ABNF.OPCODE_CLOSE:
                 kind, frame = self._next_frame(connection)
-                self._health.answered()
+                self._health.heard()
                 if kind == websocket.ABNF.OPCODE_TEXT:
                     self._on_frame(json.loads(frame, parse_constant=str))
                 elif kind == websocket.ABNF.OPCODE_BINARY:
@@ -2266,9 +2283,11 @@ class PromptRunner:
         self._health.prompt_running(True)
         may_be_queued = False  # in ComfyUI, with nobody who waits for it
         try:
-            losses = 0
-            for _ in range(MAX_POSTS):
+            losses, give_up_at = 0, math.inf
+            while losses < MAX_LOSSES and monotonic() < give_up_at:
                 client_id = self._api.retry_while_away(job, self._get_client_id)
+                limit = self._settings.comfyui_return_timeout
+                give_up_at = min(give_up_at, monotonic() + limit)  # of a prompt that never arrives
                 self._interrupted.discard(job.prompt_id)
                 may_be_queued, job.is_posted = True, False
                 is_told = self._submit(job, client_id)
@@ -2276,13 +2295,8 @@ class PromptRunner:
                     may_be_queued = False
                     return
                 log.warning("job %s: ComfyUI has lost its prompt, or does not run it", job.id)
-                losses += job.is_posted or client_id != self._client_id
-                if losses == MAX_LOSSES:
-                    raise JobError(
-                        502,
-                        "comfyui_lost",
-                        "ComfyUI died twice under this job: it may be the job that kills it",
-                    )
+                if job.is_posted or client_id != self._client_id:
+                    losses, give_up_at = losses + 1, math.inf
         except JobError as error:
             may_be_queued = may_be_queued and error.type != "workflow_rejected"
             raise
@@ -2291,9 +2305,10 @@ class PromptRunner:
             self._health.prompt_running(False)
             if may_be_queued:
                 self._cancel_prompt(job)
-        raise JobError(
-            502, "comfyui_lost", f"{self._api.name} cuts the connection when it is sent this job"
-        )
+        why = "ComfyUI died twice under this job: it may be the job that kills it"
+        if losses < MAX_LOSSES:
+            why = f"{self._api.name} does not answer when it is sent this job"
+        raise JobError(502, "comfyui_lost", why)
 
     def _submit(self, job: Job, client_id: str) -> bool:
         """Posts the prompt, and says whether its answer came: without it, nobody will be told."""
@@ -2410,7 +2425,7 @@ class PromptRunner:
         stuck_at, is_stuck = monotonic() + limit, False
         while prompt_id in self._interrupted and self._has_prompt(prompt_id):
             if not is_cancelled:
-                is_cancelled, stuck_at = self._try_cancel(prompt_id), monotonic() + limit
+                is_cancelled, stuck_at = self._try_cancel(prompt_id, 1), monotonic() + limit
             elif monotonic() > stuck_at and not self._health.is_failing:
                 self._on_stuck(prompt_id)
                 is_stuck = True
@@ -2481,17 +2496,20 @@ class PromptRunner:
             self._health.broken(job.prompt_id)
 
     def _cancel_prompt(self, job: Job) -> None:
-        """Has ComfyUI forget the prompt: at once, or as soon as it answers."""
+        """Has ComfyUI forget the prompt: at once, or in a thread as soon as it answers."""
         self._interrupted.add(job.prompt_id)
-        is_cancelled = self._try_cancel(job.prompt_id)
+        tries = 1 if self._health.is_failing else CANCEL_TRIES
+        is_cancelled = self._try_cancel(job.prompt_id, tries)
         start_thread("interrupted", self._watch_interrupted, job.prompt_id, is_cancelled)
 
-    def _try_cancel(self, prompt_id: str) -> bool:
-        try:
-            self._api.cancel_prompt(prompt_id)
-        except (*CONNECTION_LOST, JobError):
-            return False
-        return True
+    def _try_cancel(self, prompt_id: str, tries: int) -> bool:
+        for _ in range(tries):
+            try:
+                self._api.cancel_prompt(prompt_id)
+                return True
+            except (*CONNECTION_LOST, JobError):
+                Event().wait(RECONNECT_SECONDS)
+        return False
 
     def read_history(self, job: Job) -> None:
         """Looks up, without the GPU, what became of a job; output_missing if ComfyUI forgot it."""

@@ -4198,10 +4198,13 @@ class TestComfyUI:
             behind = start(COMFYUI_API_BASE=url)
             answer = behind.post({"workflow_json": broken(words)})
             asked = behind.post({"modifier": "https://x.example/b?sig=hidden-one"})
+            named = behind.post({"workflow_json": saved("https://x.invalid/it's.png?s=hidden-one")})
         assert answer.error["exception_message"] == "403 Forbidden for url: https://x.example/a.png"
         assert "for url: https://x.example/a.png" in answer.error["message"]
         assert "'https://x.example/b'" in asked.error["message"]
-        for text in (answer.body.decode(), asked.body.decode(), behind.read_log()):
+        assert "the input https://x.invalid/it's.png cannot be had" in named.error["message"]
+        told = b"".join(each.body for each in (answer, asked, named)).decode()
+        for text in (told, behind.read_log()):
             assert "hidden-one" not in text and "me:word" not in text
 
     @pytest.mark.parametrize(("words", "shown"), SCRUBBED, ids=lambda value: str(value)[:30])
@@ -5078,7 +5081,7 @@ class TestDelivery:
         another = f"whsec_{base64.b64encode(b'of the request').decode()}"
         answer = signing.post({"workflow_json": picture(), "webhook": {"secret": another}})
         assert answer.json["warnings"] == [
-            "webhook.secret was ignored: WEBHOOK_SECRET signs what goes to WEBHOOK_URL"
+            "webhook.secret was ignored: it is for a webhook.url of its own"
         ]
         headers, body = receiver.wait_for(4)[3]
         assert standardwebhooks.Webhook(SIGNING_SECRET).verify(body, headers)
@@ -5326,6 +5329,18 @@ class TestWorker:
         )
         assert stopping.process.wait(30) == 0
         # ComfyUI acts on an interrupt between two steps.
+        wait_for("the GPU is not left busy", lambda: not running_prompts(comfyui_url))
+
+    def test_a_worker_that_stops_leaves_no_prompt_behind_though_requests_were_lost(
+        self, start: Callable[..., Worker], comfyui_url: str
+    ) -> None:
+        tunnel = ForgetfulTunnel(comfyui_url, b"POST /api/jobs", 2)
+        stopping = start(COMFYUI_API_BASE=tunnel.url, SHUTDOWN_GRACE=1)
+        job = in_background(stopping.post, {"workflow_json": long_job(5000)})
+        wait_for("the job runs", lambda: running_prompts(comfyui_url))
+        stopping.process.send_signal(signal.SIGTERM)
+        assert job.result(60).error["type"] == "cancelled"
+        assert stopping.process.wait(30) == 0 and tunnel.times == 0
         wait_for("the GPU is not left busy", lambda: not running_prompts(comfyui_url))
 
     def test_a_webhook_that_cannot_be_delivered_does_not_outlast_the_grace(
@@ -6054,6 +6069,21 @@ class TestFaults:
         assert behind.health().status == 200 and not tunnel.is_slow
         assert job.result(120).status == 200, "the first look at its history was cut"
         assert not tunnel.is_cutting
+
+    @slow
+    def test_health_does_not_flap_while_probes_fail(
+        self, start: Callable[..., Worker], comfyui_url: str
+    ) -> None:
+        tunnel = ForgetfulTunnel(comfyui_url, b"GET /system_stats", 0)
+        limits = {"UNREACHABLE_AFTER": 1, "COMFYUI_RETURN_TIMEOUT": 2}
+        behind = start(COMFYUI_API_BASE=tunnel.url, **limits)
+        tunnel.times = 1000
+        behind.wait_until("unreachable")
+        seen, end = set(), time.monotonic() + 12  # the websocket is pinged meanwhile, and answers
+        while time.monotonic() < end:
+            seen.add(behind.health().json["status"])
+            time.sleep(0.2)
+        assert seen == {"unreachable"}
 
     @pytest.mark.parametrize("request_line", [b"POST /prompt", b"GET /history", b"POST /free"])
     def test_a_request_to_comfyui_that_is_lost_costs_no_job(
