@@ -5810,6 +5810,20 @@ class SlowProbeTunnel(Tunnel):
         return answer
 
 
+def after_a_slow_probe(
+    start: Callable[..., Worker], comfyui_url: str
+) -> tuple[SlowProbeTunnel, Worker, Any]:
+    """A tunnel, a worker behind it, and its running job, under which a probe has been too slow."""
+    tunnel = SlowProbeTunnel(comfyui_url)
+    behind = start(COMFYUI_API_BASE=tunnel.url, COMFYUI_RETURN_TIMEOUT=2)
+    job = in_background(behind.post, {"workflow_json": long_job(1000)})
+    wait_for("the job runs", lambda: running_prompts(comfyui_url))
+    time.sleep(1)  # what a probe says is kept for a second
+    tunnel.is_slow = True
+    assert behind.health().status == 200 and not tunnel.is_slow, "a job that runs is proof enough"
+    return tunnel, behind, job
+
+
 class IdleTunnel(Tunnel):
     """Has it look as if ComfyUI ran nothing."""
 
@@ -6060,13 +6074,8 @@ class TestFaults:
     def test_a_slow_probe_of_long_ago_counts_no_more(
         self, start: Callable[..., Worker], comfyui_url: str
     ) -> None:
-        tunnel = SlowProbeTunnel(comfyui_url)
-        behind = start(COMFYUI_API_BASE=tunnel.url, COMFYUI_RETURN_TIMEOUT=2)
-        job = in_background(behind.post, {"workflow_json": long_job(1000)})
-        wait_for("the job runs", lambda: running_prompts(comfyui_url))
-        time.sleep(1)  # what a probe says is kept for a second
-        tunnel.is_slow = tunnel.is_cutting = True
-        assert behind.health().status == 200 and not tunnel.is_slow
+        tunnel, _, job = after_a_slow_probe(start, comfyui_url)
+        tunnel.is_cutting = True
         assert job.result(120).status == 200, "the first look at its history was cut"
         assert not tunnel.is_cutting
 
@@ -6124,15 +6133,7 @@ class TestFaults:
     def test_a_probe_that_was_slow_is_not_held_against_comfyui(
         self, start: Callable[..., Worker], comfyui_url: str
     ) -> None:
-        tunnel = SlowProbeTunnel(comfyui_url)
-        behind = start(COMFYUI_API_BASE=tunnel.url, COMFYUI_RETURN_TIMEOUT=2)
-        job = in_background(behind.post, {"workflow_json": long_job(1000)})
-        wait_for("the job runs", lambda: running_prompts(comfyui_url))
-        time.sleep(1)  # what a probe says is kept for a second
-        tunnel.is_slow = True
-        assert behind.health().status == 200 and not tunnel.is_slow, (
-            "a job that runs is proof enough"
-        )
+        tunnel, behind, job = after_a_slow_probe(start, comfyui_url)
         time.sleep(2.5)  # more than COMFYUI_RETURN_TIMEOUT
         assert not job.done()
         tunnel.cut()
